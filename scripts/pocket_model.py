@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-5
+EMBEDDING_STD = 0.05
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ def initialize(model: PocketModel, induction: bool = True) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = 1 / math.sqrt(2 * depth) if residual else 1.0
-            std = 0.02 if "embed" in name else 0.5 / math.sqrt(parameter.shape[1])
+            scale = 0.5 / math.sqrt(2 * depth) if residual else 1.0
+            std = EMBEDDING_STD if "embed" in name else 0.5 / math.sqrt(parameter.shape[1])
             nn.init.normal_(parameter, 0, std * scale)
     if induction and depth > 1:
         plant_induction(model)
 
 
-def plant_induction(model: PocketModel, sharpness: float = 0.55, match: float = 0.35) -> None:
+def plant_induction(model: PocketModel, sharpness: float = 0.7, match: float = 0.7) -> None:
     """Write a previous-token head into layer 0 and induction heads into layer 1.
 
     All embeddings get a common direction. In layer 0 the queries and keys of group 0 read only that
@@ -170,7 +171,7 @@ def plant_induction(model: PocketModel, sharpness: float = 0.55, match: float = 
     share = config.num_attention_heads // config.num_key_value_heads
     common = torch.ones(width) / math.sqrt(width)
     embedding = model.model.embed_tokens.weight
-    embedding += 0.02 * math.sqrt(width) * 0.8 * common
+    embedding += EMBEDDING_STD * math.sqrt(width) * 0.8 * common
 
     basis = torch.linalg.qr(torch.randn(width, width))[0]
     basis = basis - torch.outer(common, common @ basis)
@@ -187,7 +188,7 @@ def plant_induction(model: PocketModel, sharpness: float = 0.55, match: float = 
         rows[:half] += torch.outer(gain * frequencies.cos(), common)
         rows[half:] += torch.outer(-gain * frequencies.sin(), common)
     first.v_proj.weight[:head] = read
-    first.o_proj.weight[:, :head] = 0.1 * write
+    first.o_proj.weight[:, :head] = 0.15 * write
 
     second: Attention = layers[1].self_attn  # type: ignore[assignment]
     slow = (torch.arange(head) % half >= half // 3).float()[:, None]
@@ -198,7 +199,7 @@ def plant_induction(model: PocketModel, sharpness: float = 0.55, match: float = 
         second.q_proj.weight[columns] = (
             second.q_proj.weight[columns] * 0.2 + match * 2 * slow * read
         )
-    second.o_proj.weight[:, :head] = 0.1 * basis[:, 2 * head : 3 * head]
+    second.o_proj.weight[:, :head] = 0.3 * basis[:, 2 * head : 3 * head]
 
 
 class Muon:

@@ -1,0 +1,1 @@
+"""One sequence: the readable loop that every faster engine must agree with."""

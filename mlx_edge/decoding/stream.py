@@ -1,0 +1,186 @@
+"""From a prompt to text as it comes: `stream_generate` and `generate`, with the names and fields of mlx-lm.
+
+Puts the loop, the tokenizer and the stop conditions together, and times them; knows no command line.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from mlx_edge.cache import KVCache
+from mlx_edge.decoding.loop import (
+    PREFILL_STEP_SIZE,
+    LogitsProcessor,
+    allowed_tokens,
+    generate_step,
+)
+from mlx_edge.decoding.sampling import Sampler
+from mlx_edge.errors import InvalidRequestError
+from mlx_edge.models.decoder import Decoder
+from mlx_edge.runtime import peak_memory_gb
+from mlx_edge.text import StopMatcher, Tokenizer
+
+Prompt = str | Sequence[int] | mx.array
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One step of a generation; `text` is new since the last one, all counts are up to here."""
+
+    text: str
+    token: int
+    logprobs: mx.array  # (V,)
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float  # prompt tokens per second, up to the first token
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float  # 10^9 bytes
+    finish_reason: FinishReason | None = None
+
+
+def stream_generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    stop: Sequence[str] = (),
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    prompt_cache: Sequence[KVCache] | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> Iterator[GenerationResponse]:
+    """Yield a response per token; the last one carries the finish reason.
+
+    Ends at an end-of-sequence token, before a `stop` string (which is not part of the text, even where it
+    spans tokens), at `max_tokens`, or where the model's context ends. Never yields half a character.
+
+    Raises: InvalidRequestError for a prompt or an option that cannot be served.
+    """
+    tokens = encode_prompt(tokenizer, prompt)
+    cache = model.make_cache() if prompt_cache is None else prompt_cache
+    limit = allowed_tokens(tokens, model, cache, max_tokens)
+    text = _TextStream(tokenizer, stop)
+    clock = _Clock(tokens.size)
+    steps = generate_step(
+        tokens,
+        model,
+        max_tokens=limit,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=cache,
+        prefill_step_size=prefill_step_size,
+        prompt_progress_callback=prompt_progress_callback,
+    )
+    for count, (token, logprobs) in enumerate(steps, start=1):
+        clock.tick()
+        segment, finish = text.add(token, is_last=count == limit)
+        yield GenerationResponse(
+            text=segment,
+            token=token,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=tokens.size,
+            prompt_tps=clock.prompt_tps,
+            generation_tokens=count,
+            generation_tps=clock.generation_tps,
+            peak_memory=peak_memory_gb(),
+            finish_reason=finish,
+        )
+        if finish:
+            return
+
+
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """The whole text that follows the prompt; `options` are those of `stream_generate`.
+
+    `verbose` prints the text as it comes, then tokens per second and peak memory.
+    """
+    parts = []
+    response = None
+    if verbose:
+        print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        parts.append(response.text)
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print(f"\n{'=' * 10}\n{describe(response)}")
+    return "".join(parts)
+
+
+def describe(response: GenerationResponse) -> str:
+    """The closing lines of a generation: speed of prompt and generation, peak memory."""
+    return (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB"
+    )
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> mx.array:
+    """The prompt as int32 tokens (L,). A text that begins with the BOS token's own text gets no second one."""
+    if isinstance(prompt, mx.array):
+        return prompt
+    if isinstance(prompt, str):
+        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token or "")
+        prompt = tokenizer.encode(prompt, add_special_tokens=not has_bos)
+    if not all(isinstance(token, int) and -(2**31) <= token < 2**31 for token in prompt):
+        raise InvalidRequestError("the prompt's token ids must be 32-bit integers")
+    return mx.array(list(prompt), dtype=mx.int32)
+
+
+class _TextStream:
+    """Tokens in, text out: held back until it is whole characters and cannot begin a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._ends = tokenizer.eos_token_ids
+        self._detokenizer = tokenizer.detokenizer
+        self._matcher = StopMatcher(stop)
+
+    def add(self, token: int, *, is_last: bool) -> tuple[str, FinishReason | None]:
+        """The text that may be shown now, and why the generation ends here, if it does."""
+        is_end = token in self._ends
+        if not is_end:
+            self._detokenizer.add_token(token)
+        if is_end or is_last:
+            self._detokenizer.finalize()
+        text, is_stopped = self._matcher.push(self._detokenizer.last_segment)
+        if is_stopped:
+            return text, "stop"
+        if is_end or is_last:
+            return text + self._matcher.flush(), "stop" if is_end else "length"
+        return text, None
+
+
+class _Clock:
+    """Tokens per second; the first token's time belongs to the prompt."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._start = time.perf_counter()
+        self._prompt_tokens = prompt_tokens
+        self._count = 0
+        self.prompt_tps = 0.0
+        self.generation_tps = 0.0
+
+    def tick(self) -> None:
+        """A token has come."""
+        now = time.perf_counter()
+        if self._count == 0:
+            self.prompt_tps = self._prompt_tokens / max(now - self._start, 1e-9)
+            self._start = now
+        else:
+            self.generation_tps = self._count / max(now - self._start, 1e-9)
+        self._count += 1

@@ -1,0 +1,1 @@
+"""Model definitions: one configuration record, one decoder, and families that are names and switches."""

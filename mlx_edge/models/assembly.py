@@ -1,0 +1,155 @@
+"""A decoder put together from a checkpoint: every tensor found by name, checked against the configuration.
+
+A missing tensor, a wrong shape or dtype, and a tensor that nobody asked for are errors that name it.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_edge import ops
+from mlx_edge.errors import ModelFormatError
+from mlx_edge.models.config import ModelConfig
+from mlx_edge.models.decoder import Decoder, Layer
+from mlx_edge.models.quantization import Packing
+from mlx_edge.models.rope import make_rope
+from mlx_edge.weights import Checkpoint
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+class Assembler:
+    """Reads a model's tensors from a checkpoint, each once."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, convert: Callable[[mx.array], mx.array]
+    ) -> None:
+        """`convert` is applied to every float tensor: the dtype that this machine computes in."""
+        self._checkpoint = checkpoint
+        self._config = config
+        self._convert = convert
+        self._unused = set(checkpoint.names())
+        self.arrays: list[mx.array] = []  # every tensor taken, in the order of the model
+
+    def assemble(self) -> Decoder:
+        """The whole model.
+
+        Raises: ModelFormatError for a tensor that is missing, left over, or of another shape or dtype.
+        """
+        config, family = self._config, self._config.family
+        table = self._linear(family.embedding, config.vocab_size, config.hidden_size)
+        rope = make_rope(config.rope, config.head_dim)
+        layers = tuple(self._layer(index, rope) for index in range(config.num_layers))
+        norm = self._norm(family.final_norm, config.hidden_size)
+        decoder = Decoder(
+            config,
+            ops.Embedding(table),
+            layers,
+            ops.HeadWeights(norm, self._head(table)),
+            self._checkpoint.report,
+        )
+        self._refuse_unused()
+        return decoder
+
+    def _head(self, table: ops.Linear) -> ops.Linear:
+        config, name = self._config, self._config.family.head
+        is_tied = config.is_tied
+        if is_tied is None:
+            is_tied = f"{name}.weight" not in self._unused
+        if not is_tied:
+            return self._linear(name, config.vocab_size, config.hidden_size)
+        # Some exporters save the tied head as well.
+        self._unused -= {f"{name}.{part}" for part in ("weight", "scales", "biases")}
+        return table
+
+    def _layer(self, index: int, rope: ops.Rope) -> Layer:
+        config, family = self._config, self._config.family
+        prefix = family.layer.format(index=index)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv_bias, mlp_bias = config.has_attention_bias, config.has_mlp_bias
+
+        def head_norm(name: str) -> ops.Norm | None:
+            return self._norm(prefix + name, config.head_dim) if config.has_qk_norm else None
+
+        attention = ops.AttentionWeights(
+            norm=self._norm(prefix + family.attention_norm, hidden),
+            q=self._linear(prefix + family.query, query, hidden, has_bias=qkv_bias),
+            k=self._linear(prefix + family.key, key, hidden, has_bias=qkv_bias),
+            v=self._linear(prefix + family.value, key, hidden, has_bias=qkv_bias),
+            o=self._linear(prefix + family.output, hidden, query, has_bias=config.has_output_bias),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            q_norm=head_norm(family.query_norm),
+            k_norm=head_norm(family.key_norm),
+        )
+        mlp = ops.MLPWeights(
+            norm=self._norm(prefix + family.mlp_norm, hidden),
+            gate=self._linear(prefix + family.gate, inner, hidden, has_bias=mlp_bias),
+            up=self._linear(prefix + family.up, inner, hidden, has_bias=mlp_bias),
+            down=self._linear(prefix + family.down, hidden, inner, has_bias=mlp_bias),
+        )
+        return Layer(attention, mlp, rope)
+
+    def _linear(self, name: str, rows: int, columns: int, *, has_bias: bool = False) -> ops.Linear:
+        packing = self._config.quantization.packing(name)
+        bias = self._float(f"{name}.bias", rows) if has_bias else None
+        # A default packing covers what could be packed; MLX leaves other layers as floats.
+        if packing is None or f"{name}.scales" not in self._unused:
+            return ops.Dense(self._float(f"{name}.weight", rows, columns), bias)
+        return self._quantized(name, rows, columns, packing, bias)
+
+    def _quantized(
+        self, name: str, rows: int, columns: int, packing: Packing, bias: mx.array | None
+    ) -> ops.Quantized:
+        if columns % packing.group_size:
+            raise ModelFormatError(
+                f"{name}: {columns} columns do not divide into groups of {packing.group_size}; "
+                "config.json's quantization does not belong to these weights"
+            )
+        groups = columns // packing.group_size
+        packs = self._take(f"{name}.weight", ("U32",), (rows, columns * packing.bits // 32))
+        return ops.Quantized(
+            packs,
+            self._float(f"{name}.scales", rows, groups),
+            self._float(f"{name}.biases", rows, groups),
+            packing.group_size,
+            packing.bits,
+            packing.mode,
+            bias,
+        )
+
+    def _norm(self, name: str, size: int) -> ops.Norm:
+        return ops.Norm(self._float(f"{name}.weight", size), self._config.norm_eps)
+
+    def _float(self, name: str, *shape: int) -> mx.array:
+        array = self._convert(self._take(name, FLOATS, shape))
+        self.arrays.append(array)
+        return array
+
+    def _take(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> mx.array:
+        if name not in self._unused:
+            raise ModelFormatError(
+                f"{self._checkpoint.folder}: tensor {name} is missing; "
+                "the download is not complete, or config.json belongs to another model"
+            )
+        self._unused.discard(name)
+        entry = self._checkpoint.entry(name)
+        if entry.dtype not in dtypes or tuple(entry.shape) != shape:
+            raise ModelFormatError(
+                f"{self._checkpoint.folder}: tensor {name} is {entry.dtype} {list(entry.shape)}, "
+                f"expected {' or '.join(dtypes)} {list(shape)}"
+            )
+        return self._checkpoint.read(name)
+
+    def _refuse_unused(self) -> None:
+        ignored = self._config.family.ignored_suffixes
+        left = sorted(name for name in self._unused if not name.endswith(ignored))
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise ModelFormatError(
+                f"{self._checkpoint.folder}: tensors that this model does not use: "
+                f"{', '.join(left[:3])}{more}; config.json belongs to another model"
+            )

@@ -1,0 +1,213 @@
+"""A model's sizes and switches, read from `config.json` into one frozen record.
+
+The only place that knows Hugging Face's spellings. A key that changes the mathematics and is not understood is
+an error that names it; keys known to change nothing are listed in `NEUTRAL`. Knows nothing of tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mlx_edge.errors import ModelFormatError, UnsupportedModelError
+from mlx_edge.models.families import FAMILIES, Family
+from mlx_edge.models.fields import Fields
+from mlx_edge.models.quantization import Quantization
+
+MAX_LAYERS = 512
+MAX_EXTENT = 1 << 24  # no model dimension, head count or vocabulary is near it
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base, and Llama 3's stretching of long periods where `kind` is "llama3"."""
+
+    theta: float
+    kind: Literal["default", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a decoder needs to know beyond its weights."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_size: int  # positions that the model was made for
+    norm_eps: float
+    rope: RopeConfig
+    is_tied: bool | None  # the head is the token table; None: tied when the files hold no head
+    has_qk_norm: bool
+    has_attention_bias: bool
+    has_output_bias: bool  # on the attention's output projection
+    has_mlp_bias: bool
+    quantization: Quantization = field(default_factory=Quantization)
+
+    @property
+    def family(self) -> Family:
+        """The names of this model's tensors."""
+        return FAMILIES[self.model_type]
+
+    @staticmethod
+    def from_folder(folder: Path) -> "ModelConfig":
+        """Read `folder/config.json`.
+
+        Raises: ModelFormatError when it is missing or broken, UnsupportedModelError when it asks for
+        mathematics that this runtime does not have.
+        """
+        return ModelConfig.from_hf(read_json_object(folder / "config.json"))
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any]) -> "ModelConfig":
+        """Translate the content of a `config.json`."""
+        fields = Fields(raw, "config.json")
+        model_type = fields.string("model_type")
+        family = FAMILIES.get(model_type)
+        if family is None:
+            raise UnsupportedModelError(
+                f"config.json: model_type {model_type!r} is not one of those defined here "
+                f"({', '.join(sorted(FAMILIES))}); other architectures run through mlx-lm's definitions: "
+                "pip install 'mlx-edge[bridge]' and python -m mlx_lm generate"
+            )
+        num_heads = fields.integer("num_attention_heads", high=MAX_EXTENT)
+        num_kv_heads = fields.integer("num_key_value_heads", num_heads, high=MAX_EXTENT)
+        hidden_size = fields.integer("hidden_size", high=MAX_EXTENT)
+        if num_heads % num_kv_heads:
+            raise ModelFormatError(
+                f"config.json: num_attention_heads {num_heads} is not a multiple of "
+                f"num_key_value_heads {num_kv_heads}"
+            )
+        has_bias = fields.boolean("attention_bias", False)
+        config = ModelConfig(
+            model_type=model_type,
+            num_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size", high=MAX_EXTENT),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=fields.integer("head_dim", max(1, hidden_size // num_heads), high=4096),
+            vocab_size=fields.integer("vocab_size", high=MAX_EXTENT),
+            context_size=fields.integer("max_position_embeddings", 2048, high=1 << 30),
+            norm_eps=fields.number("rms_norm_eps", low=0.0),
+            rope=_read_rope(fields),
+            is_tied=fields.boolean("tie_word_embeddings") if "tie_word_embeddings" in raw else None,
+            has_qk_norm=family.has_qk_norm,
+            has_attention_bias=has_bias,
+            has_output_bias=has_bias and family.has_output_bias,
+            has_mlp_bias=fields.boolean("mlp_bias", False),
+            quantization=Quantization.read(fields),
+        )
+        if config.head_dim % 2:
+            raise ModelFormatError(
+                f"config.json: head_dim {config.head_dim} is odd; RoPE turns pairs"
+            )
+        _refuse_unsupported(fields, family)
+        return config
+
+
+def _read_rope(fields: Fields) -> RopeConfig:
+    """RoPE from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`."""
+    nested = fields.nested("rope_parameters") or fields.nested("rope_scaling")
+    other = fields.nested("rope_scaling")
+    if other is not None and nested is not None and dict(other.raw) != dict(nested.raw):
+        raise ModelFormatError(
+            "config.json: rope_parameters and rope_scaling contradict each other"
+        )
+    default_theta = fields.number("rope_theta", 10000.0, low=0.0)
+    if nested is None:
+        return RopeConfig(default_theta)
+    theta = nested.number("rope_theta", default_theta, low=0.0)
+    kind = nested.string("rope_type", nested.string("type", "default"))
+    nested.string("type", "default")
+    if kind not in ("default", "llama3"):
+        raise UnsupportedModelError(
+            f"{nested.name}: rope type {kind!r} is not supported; known are default and llama3"
+        )
+    if kind == "default":
+        rope = RopeConfig(theta)
+    else:
+        rope = RopeConfig(
+            theta,
+            "llama3",
+            factor=nested.number("factor", low=0.0),
+            low_freq_factor=nested.number("low_freq_factor", 1.0, low=0.0),
+            high_freq_factor=nested.number("high_freq_factor", 4.0, low=0.0),
+            original_context=nested.integer(
+                "original_max_position_embeddings", 8192, high=MAX_EXTENT
+            ),
+        )
+        if rope.high_freq_factor <= rope.low_freq_factor:
+            raise ModelFormatError(
+                f"{nested.name}: high_freq_factor {rope.high_freq_factor} must be above "
+                f"low_freq_factor {rope.low_freq_factor}"
+            )
+    nested.refuse_unread()
+    return rope
+
+
+# Keys that describe training, files or generation defaults; none changes what a forward pass computes.
+NEUTRAL = frozenset(
+    """_attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
+    attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward classifier_dropout cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout
+    id2label initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length
+    max_window_layers min_length model_type name no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    quantization_config transformers.js_config""".split()
+)
+
+
+def _refuse_unsupported(fields: Fields, family: Family) -> None:
+    """Every key that is left must be neutral, or say what this family does anyway."""
+    activation = fields.string("hidden_act", fields.string("hidden_activation", "silu"))
+    fields.string("hidden_activation", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModelError(
+            f"config.json: hidden_act {activation!r} is not supported for {family.model_type}; known is silu"
+        )
+    has_window = fields.raw.get("sliding_window") is not None
+    if not fields.boolean("use_sliding_window", has_window):
+        fields.unread.discard("sliding_window")
+    if not set(fields.strings("layer_types")) <= {"full_attention"}:
+        fields.unread.add("layer_types")
+    fields.unread -= NEUTRAL
+    fields.refuse_unread()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small text file.
+
+    Raises: ModelFormatError when the file is missing, huge, not UTF-8, or not a JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > 1 << 25:
+            raise ModelFormatError(f"{path}: {size} bytes; a configuration is at most 32 MiB")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelFormatError(
+            f"{path} is missing; a model folder holds config.json, *.safetensors and a tokenizer"
+        ) from None
+    except OSError as error:
+        raise ModelFormatError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(f"{path} is not valid JSON: {error}; download it again") from None
+    if not isinstance(value, dict):
+        raise ModelFormatError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value

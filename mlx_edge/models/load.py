@@ -1,0 +1,69 @@
+"""From a name to a model that runs: find the folder, read the configuration, map the weights, load the text side."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, overload
+
+import mlx.core as mx
+
+from mlx_edge.models.assembly import Assembler
+from mlx_edge.models.config import ModelConfig
+from mlx_edge.models.decoder import Decoder
+from mlx_edge.runtime import convert_float
+from mlx_edge.text import Tokenizer, load_tokenizer
+from mlx_edge.weights import Checkpoint
+from mlx_edge.weights.hub import DEFAULT_MODEL, find_model
+
+
+@overload
+def load(
+    path_or_hf_repo: str = ...,
+    *,
+    lazy: bool = ...,
+    return_config: Literal[False] = ...,
+    revision: str | None = ...,
+) -> tuple[Decoder, Tokenizer]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str = ...,
+    *,
+    lazy: bool = ...,
+    return_config: Literal[True],
+    revision: str | None = ...,
+) -> tuple[Decoder, Tokenizer, ModelConfig]: ...
+
+
+def load(
+    path_or_hf_repo: str = DEFAULT_MODEL,
+    *,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+) -> tuple[Decoder, Tokenizer] | tuple[Decoder, Tokenizer, ModelConfig]:
+    """Load a model and its tokenizer from the bundled model's name, a folder or a hub id.
+
+    `lazy` leaves the weights to be brought in by the first step; `return_config` adds the configuration.
+
+    Raises: ModelFormatError for a folder that is missing or broken, UnsupportedModelError for a model that
+    needs mathematics which are not here.
+    """
+    folder = find_model(str(path_or_hf_repo), revision=revision)
+    model = load_model(folder, lazy=lazy)
+    tokenizer = load_tokenizer(folder)
+    return (model, tokenizer, model.config) if return_config else (model, tokenizer)
+
+
+def load_model(folder: Path, *, lazy: bool = False) -> Decoder:
+    """The model in a folder, without its tokenizer; raises as `load` does."""
+    config = ModelConfig.from_folder(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        assembler = Assembler(checkpoint, config, convert_float)
+        model = assembler.assemble()
+        start = time.perf_counter()
+        if not lazy:
+            mx.eval(assembler.arrays)
+        report = replace(checkpoint.report, convert_s=time.perf_counter() - start)
+    return replace(model, load_report=report)

@@ -1,0 +1,85 @@
+"""How a model's weights are packed, as `config.json` says it: a default and exceptions by layer name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mlx_edge.errors import ModelFormatError, UnsupportedModelError
+from mlx_edge.models.fields import Fields
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Affine quantization of one weight: `bits` per value, a scale and an offset per `group_size` values."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The packing of each layer; empty for a float model."""
+
+    default: Packing | None = None
+    exceptions: Mapping[str, Packing | None] = field(default_factory=dict)  # None: kept as floats
+
+    def packing(self, layer: str) -> Packing | None:
+        """The packing of the weight of `layer`, or None when it is float."""
+        return self.exceptions.get(layer, self.default)
+
+    @staticmethod
+    def read(fields: Fields) -> "Quantization":
+        """From MLX's `quantization` object; other schemes (gptq, awq, fp8) are refused by name."""
+        foreign = fields.nested("quantization_config")
+        if foreign is not None and "quant_method" in foreign.raw:
+            method = foreign.string("quant_method")
+            raise UnsupportedModelError(
+                f"config.json: quantization_config asks for {method!r}; only MLX's own layout is read. "
+                "Take an mlx-community conversion of the model, or convert it from the float weights"
+            )
+        own = fields.nested("quantization") or foreign
+        if own is None:
+            return Quantization()
+        exceptions = {
+            key: _read_exception(own, key)
+            for key, value in own.raw.items()
+            if isinstance(value, dict) or (isinstance(value, bool) and "." in key)
+        }
+        quantization = Quantization(_read_packing(own), exceptions)
+        own.refuse_unread()
+        return quantization
+
+
+def _read_exception(own: Fields, layer: str) -> Packing | None:
+    value = own.raw[layer]
+    own.unread.discard(layer)
+    if value is False:
+        return None
+    if value is True:
+        return _read_packing(own)
+    nested = Fields(value, f"{own.name}: {layer}")
+    packing = _read_packing(nested)
+    nested.refuse_unread()
+    return packing
+
+
+def _read_packing(fields: Fields) -> Packing:
+    mode = fields.string("mode", "affine")
+    if mode != "affine":
+        raise UnsupportedModelError(
+            f"{fields.name}: mode {mode!r} is not supported; known is affine"
+        )
+    packing = Packing(
+        group_size=fields.integer("group_size", high=1 << 16),
+        bits=fields.integer("bits", high=64),
+        mode=mode,
+    )
+    if packing.bits not in BITS or packing.group_size not in GROUP_SIZES:
+        raise ModelFormatError(
+            f"{fields.name}: {packing.bits} bits in groups of {packing.group_size}; expected bits of "
+            f"{', '.join(map(str, BITS))} and groups of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return packing

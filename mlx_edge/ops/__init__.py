@@ -1,0 +1,124 @@
+"""The op set: all that a model may ask of the hardware, and the only door to it.
+
+Two blocks per layer (`attention_block`, `mlp_block`) beside `embed` and `head`; each of their inner steps is
+an op too. The signatures are final: three backends meet here. Which implementation runs is decided in
+`select.py`, what is correct in `reference.py`; the records that they take are in `types.py`.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import mlx.core as mx
+
+from mlx_edge.ops.select import choose, run, use
+from mlx_edge.ops.types import (
+    Activation,
+    AttentionWeights,
+    Dense,
+    Embedding,
+    HeadWeights,
+    KVHandle,
+    Linear,
+    MLPWeights,
+    Norm,
+    Quantized,
+    Rope,
+    Segment,
+    StepMeta,
+)
+
+__all__ = [
+    "Activation",
+    "AttentionWeights",
+    "Dense",
+    "Embedding",
+    "HeadWeights",
+    "KVHandle",
+    "Linear",
+    "MLPWeights",
+    "Norm",
+    "Quantized",
+    "Rope",
+    "Segment",
+    "StepMeta",
+    "attention",
+    "attention_block",
+    "choose",
+    "embed",
+    "glu",
+    "head",
+    "linear",
+    "mlp_block",
+    "reference",
+    "rms_norm",
+    "rotate",
+    "use",
+]
+
+
+def reference() -> AbstractContextManager[None]:
+    """Inside, every op is the plain MLX one: the only ones with gradients."""
+    return use("reference")
+
+
+def linear(x: mx.array, weights: Linear) -> mx.array:
+    """x (..., E) to (..., N): x @ weight.T + bias."""
+    y: mx.array = run("linear", x, weights)
+    return y
+
+
+def rms_norm(x: mx.array, norm: Norm) -> mx.array:
+    """Root-mean-square norm over the last axis."""
+    y: mx.array = run("rms_norm", x, norm)
+    return y
+
+
+def rotate(x: mx.array, rope: Rope, meta: StepMeta) -> mx.array:
+    """Rotary position embedding of x (B, H, L, D)."""
+    y: mx.array = run("rotate", x, rope, meta)
+    return y
+
+
+def attention(
+    q: mx.array,
+    segments: Sequence[Segment],
+    meta: StepMeta,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> mx.array:
+    """Softmax attention of q (B, H, L, D) over all segments together: (B, H, L, D)."""
+    y: mx.array = run("attention", q, segments, meta, scale=scale, window=window)
+    return y
+
+
+def glu(gate: mx.array, up: mx.array, activation: Activation) -> mx.array:
+    """activation(gate) * up, elementwise."""
+    y: mx.array = run("glu", gate, up, activation)
+    return y
+
+
+def embed(tokens: mx.array, weights: Embedding) -> mx.array:
+    """Rows of the token table: int32 (B, L) to (B, L, E)."""
+    y: mx.array = run("embed", tokens, weights)
+    return y
+
+
+def head(x: mx.array, weights: HeadWeights) -> mx.array:
+    """Logits (B, L, V) of the hidden states x (B, L, E), the final norm included."""
+    y: mx.array = run("head", x, weights)
+    return y
+
+
+def attention_block(
+    x: mx.array, weights: AttentionWeights, kv: KVHandle, rope: Rope | None, meta: StepMeta
+) -> mx.array:
+    """One attention layer with its norm and residual: (B, L, E) to (B, L, E); stores the new positions in kv."""
+    y: mx.array = run("attention_block", x, weights, kv, rope, meta)
+    return y
+
+
+def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
+    """One feed-forward layer with its norm and residual: (B, L, E) to (B, L, E)."""
+    y: mx.array = run("mlp_block", x, weights)
+    return y

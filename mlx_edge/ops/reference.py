@@ -1,0 +1,221 @@
+"""The definition of correct: every op in plain MLX, written once and for reading.
+
+A fast implementation has the same signature and is tested against float64 beside this one. These are also
+the only differentiable ops. Nothing here knows which device it runs on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_edge.ops.types import (
+    Activation,
+    AttentionWeights,
+    Dense,
+    Embedding,
+    HeadWeights,
+    KVHandle,
+    Linear,
+    MLPWeights,
+    Norm,
+    Rope,
+    Segment,
+    StepMeta,
+)
+
+SCORE_ELEMENTS = (
+    1 << 24
+)  # scores held at once; longer prompts go through attention in blocks of queries
+
+
+def linear(x: mx.array, weights: Linear) -> mx.array:
+    """x (..., E) times the transposed weight (N, E), plus its bias: (..., N) in x's dtype."""
+    if isinstance(weights, Dense):
+        y = x @ weights.weight.T
+    else:
+        y = mx.quantized_matmul(
+            x,
+            weights.weight,
+            weights.scales,
+            weights.offsets,
+            transpose=True,
+            group_size=weights.group_size,
+            bits=weights.bits,
+            mode=weights.mode,
+        )
+    return y if weights.bias is None else y + weights.bias
+
+
+def rms_norm(x: mx.array, norm: Norm) -> mx.array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype (Zhang and Sennrich 2019)."""
+    return mx.fast.rms_norm(x, norm.weight, norm.eps)
+
+
+def rotate(x: mx.array, rope: Rope, meta: StepMeta) -> mx.array:
+    """Rotary position embedding of x (B, H, L, D) at the step's positions (Su et al. 2021)."""
+    y = mx.fast.rope(
+        x,
+        rope.dims,
+        traditional=rope.is_interleaved,
+        base=None,
+        scale=1.0,
+        offset=meta.starts_array,
+        freqs=rope.periods,
+    )
+    if rope.magnitude == 1.0:
+        return y
+    return mx.concatenate([y[..., : rope.dims] * rope.magnitude, y[..., rope.dims :]], axis=-1)
+
+
+def attention(
+    q: mx.array,
+    segments: Sequence[Segment],
+    meta: StepMeta,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> mx.array:
+    """Softmax attention of q (B, H, L, D) over all segments together: (B, H, L, D).
+
+    A query at position p sees the keys at positions p - window < position <= p. Padding rows give zeros.
+    """
+    num_stored = sum(segment.keys.shape[2] for segment in segments)
+    rows = max(1, SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * num_stored))
+    blocks = [
+        _attend(
+            q[:, :, i : i + rows], segments, meta.positions[:, i : i + rows], meta, scale, window
+        )
+        for i in range(0, meta.width, rows)
+    ]
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+
+
+def _attend(
+    q: mx.array,
+    segments: Sequence[Segment],
+    positions: mx.array,  # (B, L)
+    meta: StepMeta,
+    scale: float,
+    window: int | None,
+) -> mx.array:
+    batch, heads, length, dim = q.shape
+    kv_heads = segments[0].keys.shape[1]
+    # The query heads of a group stand under their kv head, so that keys are read once: (B, K, H / K * L, D).
+    grouped = (q * scale).reshape(batch, kv_heads, -1, dim)
+    scores = []
+    is_masked = any(_needs_mask(segment, meta, window) for segment in segments)
+    for segment in segments:
+        score = grouped @ segment.keys.swapaxes(-1, -2)
+        if is_masked:
+            score = score.reshape(batch, kv_heads, -1, length, score.shape[-1])
+            seen = visible(positions, segment.positions, window)[:, None, None]
+            score = mx.where(seen, score, mx.array(-mx.inf, score.dtype))
+            score = score.reshape(batch, kv_heads, -1, score.shape[-1])
+        scores.append(score)
+    weights = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1, precise=True)
+    if is_masked:  # a row that sees nothing is padding: zeros, not the nan of an empty softmax
+        weights = mx.where(mx.isnan(weights), mx.array(0, weights.dtype), weights)
+    ends = list(accumulate(score.shape[-1] for score in scores))
+    parts = mx.split(weights, ends[:-1], axis=-1)
+    y = sum(part @ segment.values for part, segment in zip(parts, segments, strict=True))
+    assert isinstance(y, mx.array)
+    return y.reshape(batch, heads, length, dim)
+
+
+def _needs_mask(segment: Segment, meta: StepMeta, window: int | None) -> bool:
+    """Whether some query does not see some slot; decided on the host, so that decoding builds no mask."""
+    first_query, last_query = min(meta.starts), max(meta.starts) + meta.width - 1
+    outside = window is not None and segment.first <= last_query - window
+    is_padded = min(meta.lengths) < meta.width
+    return segment.has_gaps or is_padded or outside or segment.last > first_query
+
+
+def visible(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:
+    """Which key positions (B, S) each query position (B, L) may attend to: (B, L, S) bool."""
+    q, k = queries[:, :, None], keys[:, None, :]
+    seen = (k >= 0) & (k <= q)
+    return seen if window is None else seen & (k > q - window)
+
+
+def glu(gate: mx.array, up: mx.array, activation: Activation) -> mx.array:
+    """activation(gate) * up, elementwise (Shazeer 2020)."""
+    if activation == "silu":
+        return gate * mx.sigmoid(gate) * up
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    return 0.5 * gate * (1 + mx.tanh(inner)) * up
+
+
+def split_heads(x: mx.array, head_dim: int) -> mx.array:
+    """(B, L, H * D) to (B, H, L, D)."""
+    batch, length, _ = x.shape
+    return x.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: mx.array) -> mx.array:
+    """(B, H, L, D) to (B, L, H * D)."""
+    batch, _, length, _ = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def attention_block(
+    x: mx.array, weights: AttentionWeights, kv: KVHandle, rope: Rope | None, meta: StepMeta
+) -> mx.array:
+    """x (B, L, E) + attention over what kv holds and the new positions, which are stored in kv on the way."""
+    h = rms_norm(x, weights.norm)
+    q, k, v = (
+        split_heads(linear(h, w), weights.head_dim) for w in (weights.q, weights.k, weights.v)
+    )
+    if weights.q_norm is not None:
+        q = rms_norm(q, weights.q_norm)
+    if weights.k_norm is not None:
+        k = rms_norm(k, weights.k_norm)
+    if rope is not None:
+        q, k = rotate(q, rope, meta), rotate(k, rope, meta)
+    segments = kv.extend(k, v, meta)
+    y = attention(q, segments, meta, scale=weights.scale, window=weights.window)
+    return x + linear(merge_heads(y), weights.o)
+
+
+def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
+    """x (B, L, E) + down(activation(gate(norm(x))) * up(norm(x)))."""
+    h = rms_norm(x, weights.norm)
+    h = glu(linear(h, weights.gate), linear(h, weights.up), weights.activation)
+    return x + linear(h, weights.down)
+
+
+def embed(tokens: mx.array, weights: Embedding) -> mx.array:
+    """The table's rows (B, L, E) for int32 tokens (B, L)."""
+    table = weights.table
+    if isinstance(table, Dense):
+        return table.weight[tokens]
+    return mx.dequantize(
+        table.weight[tokens],
+        table.scales[tokens],
+        None if table.offsets is None else table.offsets[tokens],
+        group_size=table.group_size,
+        bits=table.bits,
+        mode=table.mode,
+    )
+
+
+def head(x: mx.array, weights: HeadWeights) -> mx.array:
+    """Logits (B, L, V) of the hidden states x (B, L, E)."""
+    return linear(rms_norm(x, weights.norm), weights.projection)
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
+    op.__name__: op
+    for op in (
+        linear,
+        rms_norm,
+        rotate,
+        attention,
+        glu,
+        embed,
+        head,
+        attention_block,
+        mlp_block,
+    )
+}

@@ -1,0 +1,128 @@
+"""The only switch: which implementation serves an op, and why.
+
+A backend is a name, a test for this machine, and a table from op to implementation; an implementation says
+for which arguments it serves. They are asked in order, fastest first; the reference serves everything.
+`MLX_EDGE_OPS` or `use()` names one backend: then an op that it cannot run is an error, not a silent fallback,
+except for `reference`, which always can.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from mlx_edge.errors import HardwareNotSupportedError, InvalidRequestError
+from mlx_edge.ops.reference import IMPLEMENTATIONS
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op."""
+
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None]  # the op's arguments -> why it does not serve them, or None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations for one kind of hardware."""
+
+    name: str
+    missing: Callable[[], str | None]  # what this machine lacks for it, or None
+    ops: Mapping[str, Implementation]
+
+    def refusal(self, op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """Why this backend does not run this call, or None when it does."""
+        lacking = self.missing()
+        if lacking is not None:
+            return lacking
+        implementation = self.ops.get(op)
+        if implementation is None:
+            return f"has no {op}"
+        return implementation.refuse(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend runs a call, and why those before it do not."""
+
+    op: str
+    backend: Backend
+    refusals: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join((*self.refusals, f"{self.op} runs on {self.backend.name}"))
+
+
+def _nothing_missing() -> None:
+    return None
+
+
+def _never_refuses(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+REFERENCE = Backend(
+    "reference",
+    _nothing_missing,
+    {op: Implementation(run, _never_refuses) for op, run in IMPLEMENTATIONS.items()},
+)
+BACKENDS: tuple[Backend, ...] = (REFERENCE,)  # fastest first; the reference is last
+
+_forced: ContextVar[str | None] = ContextVar("mlx_edge_ops", default=None)
+
+
+@cache
+def _from_environment() -> str | None:
+    name = os.environ.get("MLX_EDGE_OPS", "auto")
+    return None if name == "auto" else _checked(name, "MLX_EDGE_OPS")
+
+
+def _checked(name: str, source: str) -> str:
+    known = [backend.name for backend in BACKENDS]
+    if name not in known:
+        raise InvalidRequestError(
+            f"{source} asks for the backend {name!r}; this build has {', '.join(known)} and auto"
+        )
+    return name
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every op inside on the named backend; an op that it cannot run raises.
+
+    Raises: InvalidRequestError for an unknown name.
+    """
+    token = _forced.set(_checked(name, "ops.use()"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
+    """The backend that runs this call.
+
+    Raises: HardwareNotSupportedError when a backend was asked for by name and cannot.
+    """
+    forced = _forced.get() or _from_environment()
+    refusals: list[str] = []
+    for backend in BACKENDS:
+        if forced is not None and backend.name != forced:
+            continue
+        refusal = backend.refusal(op, args, kwargs)
+        if refusal is None:
+            return Choice(op, backend, tuple(refusals))
+        refusals.append(f"{backend.name}: {refusal}")
+    raise HardwareNotSupportedError(
+        f"{op} was asked to run on {forced} and cannot: {'; '.join(refusals)}; "
+        "unset MLX_EDGE_OPS to let the runtime choose"
+    )
+
+
+def run(op: str, *args: Any, **kwargs: Any) -> Any:
+    """Compute the op with the chosen implementation."""
+    return choose(op, *args, **kwargs).backend.ops[op].run(*args, **kwargs)

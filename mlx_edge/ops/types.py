@@ -1,0 +1,172 @@
+"""What the ops are given: weights, rotary frequencies, the step's positions, and a handle on a KV cache.
+
+Plain frozen records, shared by every implementation of an op. They know shapes and nothing of files, model
+families or devices. Shape letters: B batch, L new positions, S stored positions, H query heads, K kv heads,
+D head dim, E model dim, F feed-forward dim, V vocabulary, G group size, N rows of a weight.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import mlx.core as mx
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A float weight: y = x @ weight.T + bias."""
+
+    weight: mx.array  # (N, E)
+    bias: mx.array | None = None  # (N,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        rows, columns = self.weight.shape
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in MLX's packed layout: groups along E, uint32 packs, one scale (and offset) per group."""
+
+    weight: mx.array  # (N, E * bits / 32) uint32
+    scales: mx.array  # (N, E / group_size)
+    offsets: (
+        mx.array | None
+    )  # (N, E / group_size); MLX's files call them "biases"; None unless affine
+    group_size: int
+    bits: int
+    mode: str = "affine"
+    bias: mx.array | None = None  # (N,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that is meant."""
+        rows, packs = self.weight.shape
+        return rows, packs * 32 // self.bits
+
+
+Linear = Dense | Quantized
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight."""
+
+    weight: mx.array  # (E,) or (D,)
+    eps: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of the first `dims` of a head: pair i turns by position / periods[i] radians."""
+
+    periods: mx.array  # (dims / 2,) float32
+    dims: int
+    is_interleaved: bool = (
+        False  # pairs (0, 1), (2, 3), ...; else (0, dims / 2), (1, dims / 2 + 1), ...
+    )
+    magnitude: float = 1.0  # both rotated queries and keys are scaled by it (yarn)
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """All that one attention layer owns, and its geometry."""
+
+    norm: Norm
+    q: Linear  # (H * D, E)
+    k: Linear  # (K * D, E)
+    v: Linear  # (K * D, E)
+    o: Linear  # (E, H * D)
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # of the scores, before the softmax
+    q_norm: Norm | None = None  # over each head, before RoPE
+    k_norm: Norm | None = None
+    window: int | None = None  # a query sees itself and the window - 1 positions before it
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """All that one gated feed-forward layer owns."""
+
+    norm: Norm
+    gate: Linear  # (F, E)
+    up: Linear  # (F, E)
+    down: Linear  # (E, F)
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The token table."""
+
+    table: Linear  # (V, E), without bias
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """What turns the last hidden states into logits."""
+
+    norm: Norm
+    projection: Linear  # (V, E)
+
+
+@dataclass(frozen=True)
+class StepMeta:
+    """Where the new tokens of one step stand: as arrays for kernels, and as host integers for grids.
+
+    Row b brings `lengths[b]` tokens at positions `starts[b] ...`; its columns beyond are padding.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    width: int  # L
+
+    @staticmethod
+    def uniform(start: int, *, batch_size: int, width: int) -> "StepMeta":
+        """Every row brings `width` tokens from position `start`."""
+        return StepMeta((start,) * batch_size, (width,) * batch_size, width)
+
+    @cached_property
+    def starts_array(self) -> mx.array:
+        """(B,) int32."""
+        return mx.array(self.starts, dtype=mx.int32)
+
+    @cached_property
+    def lengths_array(self) -> mx.array:
+        """(B,) int32."""
+        return mx.array(self.lengths, dtype=mx.int32)
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """(B, L) int32, -1 where a column is padding."""
+        column = mx.arange(self.width, dtype=mx.int32)[None]
+        return mx.where(
+            column < self.lengths_array[:, None], self.starts_array[:, None] + column, mx.array(-1)
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of stored keys and values; positions, not storage order, decide who sees whom."""
+
+    keys: mx.array  # (B, K, S, D)
+    values: mx.array  # (B, K, S, D)
+    positions: mx.array  # (B or 1, S) int32, -1 for an empty slot
+    first: int  # lowest position in any row, known on the host
+    last: int  # highest position in any row
+    has_gaps: bool = False  # some slot is empty
+
+
+class KVHandle(Protocol):
+    """One layer's cache, as an attention block sees it."""
+
+    def extend(self, keys: mx.array, values: mx.array, meta: StepMeta) -> Sequence[Segment]:
+        """Store the step's keys and values (B, K, L, D); return all that may be attended to, as stored."""
+        ...

@@ -1,0 +1,124 @@
+"""Renders chat templates, programs of strangers, in a sandbox with the functions they count on.
+
+The dialect is that of transformers: trimmed blocks, `break` and `continue`, `{% generation %}`,
+`raise_exception`, `strftime_now`, `tojson` without HTML escapes. Deliberately knows no tokens: the
+result is text. A template may still loop for long: the sandbox guards the machine, not its time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mlx_edge.errors import InvalidRequestError, MLXEdgeError, ModelFormatError
+from mlx_edge.text.message import one_line
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class ChatTemplate:
+    """One template, compiled when it is first rendered."""
+
+    def __init__(self, source: str):
+        """Take the source, unseen as yet: a broken template does not stop a plain prompt."""
+        self.source = source
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Return the conversation as text.
+
+        What the template refuses or cannot cope with is an InvalidRequestError; a template that is
+        no template, or that reaches out of the sandbox, is a ModelFormatError.
+        """
+        if isinstance(messages, str) or not all(
+            isinstance(message, Mapping) for message in messages
+        ):
+            raise InvalidRequestError(
+                "messages must be a list of objects such as {'role': 'user', 'content': 'Hello'}"
+            )
+        from jinja2.exceptions import SecurityError
+
+        # Templates ask `tools is not none`, which an undefined variable would answer with yes.
+        context = {"tools": None, "documents": None, **variables}
+        context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        template = self._template
+        try:
+            return template.render(context)
+        except MLXEdgeError:
+            raise
+        except SecurityError as failure:
+            raise ModelFormatError(
+                f"the chat template reaches out of its sandbox ({one_line(failure)}); do not "
+                "trust this model"
+            ) from failure
+        except Exception as failure:  # a template is a program: any exception can come out of it
+            raise InvalidRequestError(
+                f"the chat template cannot write these messages ({one_line(failure)}); "
+                "change the messages or give another template"
+            ) from failure
+
+    @functools.cached_property
+    def _template(self) -> Template:
+        try:
+            return _environment().from_string(self.source)
+        except Exception as failure:  # besides Jinja's own errors: SyntaxError, RecursionError, ...
+            raise ModelFormatError(
+                f"the chat template is not valid Jinja ({one_line(failure)}); mend it or give "
+                "another"
+            ) from failure
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Build the dialect of transformers: see its `utils/chat_template_utils.py`."""
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks for training what the assistant said; it only shows its body."""
+
+        tags = {"generation"}  # noqa: RUF012  (so declared by Jinja)
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise InvalidRequestError(f"the chat template refuses these messages: {one_line(message)}")
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,0 +1,61 @@
+"""Tiny random models of every family, made by mlx-lm's own definitions: the other implementation to agree with."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama2": {"model_type": "llama", **SIZES},
+    "llama3": {"model_type": "llama", **SIZES, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
+    "llama-tied": {"model_type": "llama", **SIZES, "tie_word_embeddings": True},
+    "llama-bias": {"model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"model_type": "qwen3", **SIZES},
+    "qwen3-tied": {"model_type": "qwen3", **SIZES, "tie_word_embeddings": True, "head_dim": 16},
+}
+
+
+def make_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
+    """mlx-lm's model of this configuration with random weights; norms are not all ones."""
+    module = import_module(f"mlx_lm.models.{config['model_type']}")
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    shaken = [
+        (name, value + 0.1 * mx.random.normal(value.shape))
+        for name, value in tree_flatten(model.parameters())
+    ]
+    model.load_weights(shaken)
+    return model
+
+
+def save_model(model: nn.Module, config: dict[str, Any], folder: Path) -> Path:
+    """Write the folder that a hub would hold, without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,193 @@
+"""Every case of every op, on every backend that this machine has, against float64.
+
+The bound for float32 is a few units in the last place of the largest value. Half and bfloat are held to the
+rounding of their type where a backend accumulates in float32; MLX's own CPU backend sums in the storage type,
+which is why the reference is measured in float32 here and why models are held in float32 on a CPU.
+"""
+
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_edge import ops
+from mlx_edge.cache import KVCache, prepare_step
+from mlx_edge.ops.cases import TEST, AttentionCase, BlockCase, LinearCase, RowCase
+from mlx_edge.ops.reference import IMPLEMENTATIONS
+from mlx_edge.ops.select import BACKENDS
+from tests.ops import oracle
+
+TOLERANCE = 3e-6  # of the largest value of the result, float32
+
+
+@pytest.fixture(params=[backend.name for backend in BACKENDS], autouse=True)
+def backend(request: pytest.FixtureRequest):
+    lacking = next(b for b in BACKENDS if b.name == request.param).missing()
+    if lacking is not None:
+        pytest.skip(f"{request.param}: {lacking}")
+    with ops.use(request.param):
+        mx.random.seed(7)
+        yield request.param
+
+
+def normal(*shape: int) -> mx.array:
+    return mx.random.normal(shape)
+
+
+def make_linear(n: int, k: int, bits: int = 0, group_size: int = 64, has_bias: bool = False):
+    weight = normal(n, k) / k**0.5
+    bias = normal(n) if has_bias else None
+    if not bits:
+        return ops.Dense(weight, bias)
+    packs, scales, offsets = mx.quantize(weight, group_size=group_size, bits=bits)
+    return ops.Quantized(packs, scales, offsets, group_size, bits, bias=bias)
+
+
+def make_norm(size: int) -> ops.Norm:
+    return ops.Norm(1 + 0.1 * normal(size), 1e-5)
+
+
+def assert_close(found: mx.array, wanted: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    assert found.shape == wanted.shape
+    error = np.abs(oracle.f64(found) - wanted).max()
+    assert error <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("case", TEST.linear, ids=str)
+def test_linear(case: LinearCase) -> None:
+    weights = make_linear(case.n, case.k, case.bits, case.group_size, case.has_bias)
+    x = normal(1, case.m, case.k)
+    assert_close(ops.linear(x, weights), oracle.linear(oracle.f64(x), weights))
+
+
+@pytest.mark.parametrize("case", TEST.rows, ids=str)
+def test_rms_norm(case: RowCase) -> None:
+    x, norm = normal(1, case.rows, case.width), make_norm(case.width)
+    assert_close(ops.rms_norm(x, norm), oracle.rms_norm(oracle.f64(x), norm))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("case", TEST.rows, ids=str)
+def test_glu(case: RowCase, activation: ops.Activation) -> None:
+    gate, up = 4 * normal(1, case.rows, case.width), normal(1, case.rows, case.width)
+    wanted = oracle.glu(oracle.f64(gate), oracle.f64(up), activation)
+    assert_close(ops.glu(gate, up, activation), wanted)
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_embed_and_head(bits: int) -> None:
+    table = make_linear(53, 128, bits)
+    tokens = mx.array([[0, 52, 7], [7, 1, 0]])
+    embedding = ops.Embedding(table)
+    x = ops.embed(tokens, embedding)
+    assert_close(x, oracle.embed(np.array(tokens), embedding))
+    weights = ops.HeadWeights(make_norm(128), table)
+    assert_close(ops.head(x, weights), oracle.head(oracle.f64(x), weights))
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize(("dims", "magnitude"), [(16, 1.0), (8, 1.25)])
+def test_rotate(is_interleaved: bool, dims: int, magnitude: float) -> None:
+    rope = ops.Rope(
+        10000.0 ** (mx.arange(0, dims, 2) / dims), dims, is_interleaved, magnitude=magnitude
+    )
+    x = normal(2, 3, 5, 16)
+    meta = ops.StepMeta((0, 117), (5, 5), 5)
+    wanted = oracle.rotate(oracle.f64(x), rope, np.array(meta.positions))
+    assert_close(ops.rotate(x, rope, meta), wanted, 1e-5)  # angles are float32
+
+
+@pytest.mark.parametrize("case", TEST.attention, ids=str)
+def test_attention(case: AttentionCase) -> None:
+    total = case.stored + case.width
+    keys, values = (normal(case.batch, case.kv_heads, total, case.head_dim) for _ in range(2))
+    q = normal(case.batch, case.heads, case.width, case.head_dim)
+    meta = ops.StepMeta.uniform(case.stored, batch_size=case.batch, width=case.width)
+    cuts = [total * i // case.segments for i in range(case.segments + 1)]
+    segments = [
+        ops.Segment(keys[:, :, a:b], values[:, :, a:b], mx.arange(a, b)[None], a, b - 1)
+        for a, b in pairwise(cuts)
+    ]
+    scale = case.head_dim**-0.5
+    wanted = oracle.attention(
+        *(oracle.f64(a) for a in (q, keys, values)),
+        np.array(meta.positions),
+        np.arange(total)[None],
+        scale,
+        case.window,
+    )
+    assert_close(ops.attention(q, segments, meta, scale=scale, window=case.window), wanted)
+
+
+def test_attention_skips_empty_slots_and_padding() -> None:
+    keys, values, q = normal(2, 2, 9, 16), normal(2, 2, 9, 16), normal(2, 4, 3, 16)
+    # Row 0 holds 5 positions in ring order, row 1 all nine; row 0 brings 2 new tokens, row 1 three.
+    positions = mx.array([[4, 0, -1, 1, 2, -1, 3, -1, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    meta = ops.StepMeta((3, 6), (2, 3), 3)
+    segment = ops.Segment(keys, values, positions, 0, 8, has_gaps=True)
+    found = ops.attention(q, [segment], meta, scale=0.25)
+    wanted = oracle.attention(
+        *(oracle.f64(a) for a in (q, keys, values)),
+        np.array(meta.positions),
+        np.array(positions),
+        0.25,
+        None,
+    )
+    assert_close(found, wanted)
+    assert np.all(np.array(found[0, :, 2]) == 0)
+
+
+def make_layer(case: BlockCase) -> ops.AttentionWeights:
+    query, key = case.heads * case.head_dim, case.kv_heads * case.head_dim
+
+    def project(n: int, k: int) -> ops.Linear:
+        return make_linear(n, k, case.bits, has_bias=case.has_bias)
+
+    return ops.AttentionWeights(
+        norm=make_norm(case.hidden),
+        q=project(query, case.hidden),
+        k=project(key, case.hidden),
+        v=project(key, case.hidden),
+        o=project(case.hidden, query),
+        num_heads=case.heads,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        scale=case.head_dim**-0.5,
+        q_norm=make_norm(case.head_dim) if case.has_qk_norm else None,
+        k_norm=make_norm(case.head_dim) if case.has_qk_norm else None,
+        window=case.window,
+    )
+
+
+@pytest.mark.parametrize("case", TEST.block, ids=str)
+def test_attention_block(case: BlockCase) -> None:
+    weights = make_layer(case)
+    dims = case.rope_dims or case.head_dim
+    rope = ops.Rope(10000.0 ** (mx.arange(0, dims, 2) / dims), dims, case.is_interleaved)
+    kv, past = KVCache(), None
+    for width in case.steps:
+        x = normal(case.batch, width, case.hidden)
+        prepare_step([kv], width)
+        meta = ops.StepMeta.uniform(kv.offset, batch_size=case.batch, width=width)
+        found = ops.attention_block(x, weights, kv, rope, meta)
+        wanted, past = oracle.attention_block(oracle.f64(x), weights, rope, past)
+        assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("case", TEST.block, ids=str)
+def test_mlp_block(case: BlockCase) -> None:
+    weights = ops.MLPWeights(
+        norm=make_norm(case.hidden),
+        gate=make_linear(case.inner, case.hidden, case.bits, has_bias=case.has_bias),
+        up=make_linear(case.inner, case.hidden, case.bits, has_bias=case.has_bias),
+        down=make_linear(case.hidden, case.inner, case.bits, has_bias=case.has_bias),
+    )
+    x = normal(case.batch, case.steps[-1], case.hidden)
+    assert_close(ops.mlp_block(x, weights), oracle.mlp_block(oracle.f64(x), weights))
+
+
+def test_every_op_is_tested_here() -> None:
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    tested |= {"embed", "head"}  # in one test
+    assert set(IMPLEMENTATIONS) <= tested

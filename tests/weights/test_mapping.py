@@ -1,0 +1,204 @@
+"""The plan of runs, the cutting of tensors, and the fallback, without a Metal device.
+
+`mx.asarray(copy=False)` works on Metal only. A copying stand-in replaces it here, so that everything
+but the adoption
+itself is exercised; what this machine cannot show is in the one test that it skips.
+"""
+
+import gc
+import json
+import mmap
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_edge.weights import SafetensorsFile, mapping, safetensors, write_safetensors
+from mlx_edge.weights.header import TensorEntry
+from mlx_edge.weights.mapping import Run, SharedRuns, cut_tensor, plan_runs, why_copy
+from tests.weights.files import SHAPES, item, random_array, same, save
+
+PAGE = mmap.PAGESIZE
+GIB = 2**30
+
+
+def entry(begin, num_bytes, *, dtype="U8", shape=None):
+    return TensorEntry(f"t{begin}", dtype, shape or (num_bytes,), begin, begin + num_bytes)
+
+
+def test_one_run_of_whole_pages():
+    assert plan_runs([entry(138, 50), entry(5000, 4000)], page_bytes=4096) == [Run(0, 12288)]
+    assert plan_runs([entry(16384, 16384)], page_bytes=16384) == [Run(16384, 32768)]
+    assert plan_runs([], page_bytes=4096) == []
+
+
+def test_a_full_run_ends_before_the_tensor_that_does_not_fit():
+    entries = [entry(0, 6000), entry(6000, 6000), entry(12000, 288)]
+    assert plan_runs(entries, page_bytes=4096, max_run_bytes=8192) == [
+        Run(0, 8192),
+        Run(4096, 12288),
+    ]
+
+
+def test_tensors_without_bytes_or_without_a_buffer_are_left_out():
+    entries = [entry(0, 0), entry(0, 20000), entry(20000, 100)]
+    assert plan_runs(entries, page_bytes=4096, max_run_bytes=8192) == [Run(16384, 20480)]
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.lists(st.integers(0, 40), max_size=30), st.integers(0, 30), st.integers(4, 64))
+def test_runs_hold_each_tensor_and_stay_small(sizes, start, max_pages):
+    entries, begin = [], start
+    for size in sizes:
+        entries.append(entry(begin, size))
+        begin += size
+    runs = plan_runs(entries, page_bytes=4, max_run_bytes=4 * max_pages)
+    assert all(run.begin % 4 == 0 and run.end % 4 == 0 for run in runs)
+    assert all(0 < run.num_bytes <= 4 * max_pages for run in runs)
+    for one in entries:
+        span = -(-one.end // 4) * 4 - one.begin // 4 * 4
+        if one.num_bytes and span <= 4 * max_pages:
+            assert any(run.holds(one) for run in runs)
+
+
+def test_why_copy():
+    assert why_copy(entry(138, 8)) is None
+    assert why_copy(entry(139, 8, dtype="BF16", shape=(4,))) == mapping.UNALIGNED
+    assert why_copy(entry(138, 8, dtype="BF16", shape=(4,))) is None
+    assert why_copy(entry(138, 8, dtype="F32", shape=(2,))) == mapping.UNALIGNED
+    assert why_copy(entry(132, 8, dtype="I64", shape=(1,))) == mapping.UNALIGNED
+    assert why_copy(entry(136, 8, dtype="F64", shape=(1,))) == mapping.NOT_A_VIEW
+    assert why_copy(entry(136, 8, dtype="BOOL")) == mapping.NOT_A_VIEW
+
+
+def test_why_copy_of_what_mlx_cannot_count():
+    # 4 GiB of float32 is a full buffer; 2 GiB of bytes is too long for one int32 axis.
+    assert why_copy(entry(0, 4 * GIB, dtype="F32", shape=(1024, 2**20))) is None
+    assert why_copy(entry(4, 4 * GIB, dtype="F32", shape=(1024, 2**20))) == mapping.TOO_LARGE
+    assert why_copy(entry(0, 2 * GIB, shape=(1024, 2**21))) == mapping.TOO_LARGE
+    assert why_copy(entry(0, 2 * GIB - 64, shape=(64, 2**25 - 1))) is None
+
+
+@pytest.mark.parametrize("name", ["U8", "I8", "F16", "BF16", "U32", "F32", "I64", "U64"])
+@pytest.mark.parametrize("offset", range(0, 24))
+def test_tensors_are_cut_at_every_alignment(name, offset):
+    element = safetensors.ELEMENT_TYPES[name]
+    if offset % element.size:
+        pytest.skip("such a tensor is copied")
+    raw = np.random.default_rng(0).integers(0, 256, 64 * 1024, dtype=np.uint8)
+    shape = (3, 5)
+    one = entry(PAGE + offset, 15 * element.size, dtype=name, shape=shape)
+    got = cut_tensor(mx.array(raw.view(np.uint32)), one, run_begin=PAGE)
+    want = mx.array(raw[offset : offset + one.num_bytes].copy()).view(element.mlx).reshape(shape)
+    assert same(got, want)
+
+
+def test_pages_reach_past_the_end_of_the_file_and_keep_the_mapping(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"\xff" * (PAGE + 5))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    runs = [Run(0, 2 * PAGE), Run(PAGE, 2 * PAGE)]
+    whole, tail = (np.asarray(mapping._Pages(mapped, run)).view(np.uint8) for run in runs)
+    with pytest.raises(BufferError):
+        mapped.close()
+    del mapped
+    gc.collect()
+    assert whole.ctypes.data % PAGE == 0
+    assert not whole.flags.writeable
+    assert whole.nbytes == 2 * PAGE
+    assert whole[: PAGE + 5].min() == 255
+    assert whole[PAGE + 5 :].max() == 0
+    assert tail[:6].tolist() == [255] * 5 + [0]
+
+
+@pytest.fixture
+def copying_adoption(monkeypatch):
+    """Makes this machine look like one that adopts pages; returns the sizes of what it adopted."""
+    adopted = []
+
+    def adopt(pages, *, copy):
+        assert copy is False
+        assert pages.ctypes.data % PAGE == 0
+        assert pages.nbytes % PAGE == 0
+        adopted.append(pages.nbytes)
+        return mx.array(pages)
+
+    monkeypatch.setattr(mapping.mx, "asarray", adopt)
+    monkeypatch.setattr(safetensors, "platform_can_share", lambda: True)
+    return adopted
+
+
+def make_arrays():
+    types = [mx.bfloat16, mx.float16, mx.float32, mx.uint32, mx.uint8, mx.int64, mx.bool_]
+    return {
+        f"{dtype}.{i}": random_array(dtype, shape, seed=i)
+        for dtype in types
+        for i, shape in enumerate(SHAPES)
+    }
+
+
+def test_what_our_writer_writes_is_all_shared_but_bools(tmp_path, copying_adoption):
+    arrays = make_arrays()
+    write_safetensors(tmp_path / "f", arrays)
+    with SafetensorsFile(tmp_path / "f") as file:
+        for _ in range(2):
+            assert all(same(file.read(name), array) for name, array in arrays.items())
+        report = file.report
+    bools = sum(array.nbytes for array in arrays.values() if array.dtype == mx.bool_)
+    assert report.shared_bytes == report.total_bytes - bools
+    assert report.copied_bytes == 2 * bools
+    assert report.reasons == (mapping.NOT_A_VIEW,)
+    assert len(copying_adoption) == 1
+
+
+def test_an_unpadded_file_is_shared_where_aligned(tmp_path, copying_adoption):
+    table = {"a": item("U8", [3], [0, 3]), "b": item("F32", [2], [3, 11])}
+    data = b"\1\2\3" + np.float32([1, 2]).tobytes()
+    text = json.dumps(table).encode()
+    for spaces, shared in [(1, 11), (0, 3)]:  # data begins at 8 + header: 1 makes `b` aligned
+        header = text + b" " * ((spaces - len(text)) % 4)
+        with SafetensorsFile(save(tmp_path / "f", header, data)) as file:
+            assert file.read("a").tolist() == [1, 2, 3]
+            assert file.read("b").tolist() == [1, 2]
+            assert file.report.shared_bytes == shared
+            assert file.report.copied_bytes == 11 - shared
+
+
+def test_many_runs(tmp_path, copying_adoption):
+    arrays = {f"t{i}": random_array(mx.uint8, (3000,), seed=i) for i in range(20)}
+    write_safetensors(tmp_path / "f", arrays)
+    with SafetensorsFile(tmp_path / "f") as file:
+        runs = SharedRuns(file._mapping, file.tensors.values(), max_run_bytes=2 * PAGE)
+        for name, array in arrays.items():
+            assert same(runs.view(file.tensors[name]), array)
+    assert len(copying_adoption) > 3
+    assert max(copying_adoption) <= 2 * PAGE
+
+
+@pytest.mark.skipif(mapping.platform_can_share(), reason="this machine can share")
+def test_refused_adoption_falls_back_to_copies(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(safetensors, "platform_can_share", lambda: True)
+    arrays = make_arrays()
+    write_safetensors(tmp_path / "f", arrays)
+    with SafetensorsFile(tmp_path / "f") as file:
+        assert all(same(file.read(name), array) for name, array in arrays.items())
+        report = file.report
+    assert report.shared_bytes == 0
+    assert report.copied_bytes == report.total_bytes
+    assert mapping.REFUSED in report.reasons
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.skipif(not mapping.platform_can_share(), reason="needs a Metal device")
+def test_metal_shares_without_allocating(tmp_path):
+    arrays = {f"t{i}": random_array(mx.bfloat16, (512, 512), seed=i) for i in range(8)}
+    write_safetensors(tmp_path / "f", arrays)
+    with SafetensorsFile(tmp_path / "f") as file:
+        tensors = {name: file.read(name) for name in arrays}
+        mx.eval(tensors)
+        assert file.report.shared_bytes == file.report.total_bytes
+        assert len(file._runs._bases) == 1
+        assert all(same(tensors[name], array) for name, array in arrays.items())
