@@ -205,7 +205,7 @@ PHONE_INTENTS: dict[str, Intent] = {
         (
             "(that is all|we are finished|this is enough|stop here)(,| and) (say|answer) {m}",
             "(finish|end|stop|close) (the task |this |)(with|and say|and answer) {m}",
-            "~stop the task and answer {m}",
+            "~that is the end, say {m}",
         ),
         0.4,
         closed=True,

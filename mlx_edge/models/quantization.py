@@ -46,11 +46,16 @@ class Quantization:
         exceptions = {
             key: _read_exception(own, key)
             for key, value in own.raw.items()
-            if isinstance(value, dict) or (isinstance(value, bool) and "." in key)
+            if isinstance(value, dict) or (isinstance(value, bool) and _names_layer(key))
         }
         quantization = Quantization(_read_packing(own), exceptions)
         own.refuse_unread()
         return quantization
+
+
+def _names_layer(key: str) -> bool:
+    """Whether a key with a truth value is a layer, and not a switch of some other scheme."""
+    return "." in key or key == "lm_head"
 
 
 def _read_exception(own: Fields, layer: str) -> Packing | None:

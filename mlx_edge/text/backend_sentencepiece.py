@@ -175,8 +175,7 @@ class SentencePieceBackend:
         if one.endswith(SPACE_MARK):
             raise UnsupportedModelError(
                 f"{self._path} writes spaces behind words (treat_whitespace_as_suffix), "
-                "expected before; "
-                "use the model's tokenizer.json"
+                "expected before; use the model's tokenizer.json"
             )
         self._add_prefix_space = config.add_prefix_space is not False
         self._legacy = config.legacy
@@ -189,8 +188,7 @@ class SentencePieceBackend:
             if piece_id != index and self._piece(piece_id) == content:
                 raise ModelFormatError(
                     f"tokenizer_config.json gives {content!r} the id {index}, but in "
-                    f"{self._path} it is {piece_id}; "
-                    "take both files from the same revision of the model"
+                    f"{self._path} it is {piece_id}; take both files from the same revision of the model"
                 )
 
 

@@ -84,7 +84,14 @@ def _environment() -> ImmutableSandboxedEnvironment:
     import jinja2.ext
     import jinja2.nodes
     import jinja2.parser
+    from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Jinja's sandbox, but a forbidden attribute is an error at once, not an empty text."""
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+            raise SecurityError(f"{type(obj).__name__}.{attribute} is forbidden")
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks for training what the assistant said; it only shows its body."""
@@ -95,7 +102,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson

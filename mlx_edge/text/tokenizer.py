@@ -65,8 +65,8 @@ class Tokenizer:
             if name in named and self._named_ids[name] is None:
                 raise ModelFormatError(
                     f"the {name} is {named[name]!r}, which the vocabulary of "
-                    f"{backend.vocab_size} tokens lacks; "
-                    "correct tokenizer_config.json or special_tokens_map.json"
+                    f"{backend.vocab_size} tokens lacks; correct tokenizer_config.json or "
+                    "special_tokens_map.json"
                 )
         self._eos_token_ids = self._collect_eos_ids(config.eos_ids)
         self._ends = self._find_ends(config)
@@ -187,8 +187,7 @@ class Tokenizer:
         if refused:
             raise InvalidRequestError(
                 f"apply_chat_template does not take {', '.join(refused)}; leave it out (to "
-                "continue a message, "
-                "append it to the text that tokenize=False returns)"
+                "continue a message, append it to the text that tokenize=False returns)"
             )
         template = self._choose_template(chat_template, bool(template_kwargs.get("tools")))
         variables = {**self._named_tokens, **template_kwargs}

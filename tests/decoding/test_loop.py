@@ -1,0 +1,104 @@
+"""The loop on a tiny random model: greedy tokens, chunks of prefill, limits."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_edge.decoding.loop import generate_step
+from mlx_edge.errors import InvalidRequestError
+from mlx_edge.models.decoder import Decoder
+from mlx_edge.models.load import load_model
+from tests.models.tiny import CONFIGS, make_model, save_model
+
+PROMPT = mx.array([5, 9, 100, 3, 77, 77, 2, 130, 0, 41], dtype=mx.int32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    config: dict[str, Any] = {**CONFIGS["qwen3"], "max_position_embeddings": 100}
+    return load_model(save_model(make_model(config), config, tmp_path_factory.mktemp("tiny")))
+
+
+def tokens_of(model: Decoder, prompt: mx.array = PROMPT, **options: Any) -> list[int]:
+    return [token for token, _ in generate_step(prompt, model, **options)]
+
+
+def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(model: Decoder) -> None:
+    found = tokens_of(model, max_tokens=50)
+    sequence = mx.concatenate([PROMPT, mx.array(found, dtype=mx.int32)])
+    logits = model(sequence[None])[0]
+    wanted = mx.argmax(logits, axis=-1)[PROMPT.size - 1 : -1]
+    assert found == wanted.tolist()
+
+
+@pytest.mark.parametrize("step_size", [1, 3, 5, 10, 64])
+def test_chunks_of_prefill_change_no_token(model: Decoder, step_size: int) -> None:
+    wanted = tokens_of(model, max_tokens=30)
+    assert tokens_of(model, max_tokens=30, prefill_step_size=step_size) == wanted
+
+
+def test_prompt_cache_continues(model: Decoder) -> None:
+    whole = tokens_of(model, max_tokens=20)
+    cache = model.make_cache()
+    model(PROMPT[None, :4], cache)
+    assert tokens_of(model, PROMPT[4:], max_tokens=20, prompt_cache=cache) == whole
+
+
+def test_logprobs_are_normalised_and_of_their_token(model: Decoder) -> None:
+    for token, logprobs in generate_step(PROMPT, model, max_tokens=5):
+        assert logprobs.shape == (model.config.vocab_size,)
+        assert mx.exp(logprobs).sum().item() == pytest.approx(1, abs=1e-5)
+        assert mx.argmax(logprobs).item() == token
+
+
+def test_processors_see_all_tokens_and_change_the_choice(model: Decoder) -> None:
+    seen: list[list[int]] = []
+
+    def never_twice(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append(tokens.tolist())
+        return mx.put_along_axis(logits, tokens[None], mx.array(-mx.inf), axis=-1)
+
+    found = tokens_of(model, max_tokens=20, logits_processors=[never_twice])
+    assert not {*found} & {*PROMPT.tolist()}
+    assert len({*found}) == 20
+    assert seen[0] == PROMPT.tolist()
+    assert all(after[:-1] == before for before, after in pairwise(seen))
+
+
+def test_progress_reaches_the_whole_prompt(model: Decoder) -> None:
+    calls: list[tuple[int, int]] = []
+    tokens_of(
+        model,
+        max_tokens=1,
+        prefill_step_size=4,
+        prompt_progress_callback=lambda *a: calls.append(a),
+    )
+    assert calls == [(0, 10), (4, 10), (8, 10), (10, 10)]
+
+
+def test_generation_ends_where_the_context_ends(model: Decoder) -> None:
+    prompt = mx.ones((95,), mx.int32)
+    assert len(tokens_of(model, prompt, max_tokens=50)) == 6  # the last one is not stored
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (mx.zeros((0,), mx.int32), {}, "one token or more"),
+        (mx.zeros((2, 3), mx.int32), {}, "one token or more"),
+        (mx.ones((101,), mx.int32), {}, "context 100"),
+        (mx.array([1, 131]), {}, "token 131; the vocabulary has 131"),
+        (mx.array([1, -1]), {}, "token -1"),
+        (PROMPT, {"max_tokens": 0}, "max_tokens"),
+        (PROMPT, {"prefill_step_size": 0}, "prefill_step_size"),
+    ],
+    ids=["empty", "matrix", "long", "large", "negative", "none", "step"],
+)
+def test_requests_that_cannot_be_served(
+    model: Decoder, prompt: mx.array, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        tokens_of(model, prompt, **options)
