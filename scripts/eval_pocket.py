@@ -95,7 +95,9 @@ def score_batch(forward: Forward, batch: list[Case]) -> list[tuple[Case, bool, f
     return results
 
 
-def evaluate(forward: Forward, encode: Encode, sizes: dict[str, int] | None = None) -> dict[str, Any]:
+def evaluate(
+    forward: Forward, encode: Encode, sizes: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Return the report: shares of exact answers, the perplexity of held-out stories, counts."""
     cases = build_cases(encode, SUITES if sizes is None else sizes)
     right: dict[str, list[bool]] = defaultdict(list)
@@ -136,6 +138,7 @@ def report_of(
 def runtime_forward(path: str) -> tuple[Forward, Encode]:
     """Return the forward pass and the tokenizer of a model folder, on this project's runtime."""
     import mlx.core as mx
+
     from mlx_edge import load
 
     model, tokenizer = load(path)

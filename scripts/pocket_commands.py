@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pocket_words as words
-from pocket_words import Draw, capitalize_first, hash_share
+from pocket_words import Draw, hash_share
 
 REFUSAL = 'finish(message="I can not do that.")'
 HELD_COMBINATION_PERCENT = 10

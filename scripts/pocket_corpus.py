@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from pocket_commands import Item
@@ -22,6 +22,11 @@ TRAIN_SEED = 20251121
 TEST_SEED = 977
 MIX = {"story": 0.12, "command": 0.55, "question": 0.28, "screen": 0.05}
 RAW_STORY_SHARE = 0.25
+MAKERS: dict[str, Callable[[Draw], Item]] = {
+    "command": draw_command,
+    "question": draw_question,
+    "screen": draw_screen,
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,8 @@ def draw_document(draw: Draw) -> Document:
         if draw.chance(RAW_STORY_SHARE):
             return Document("story", None, story.text)
         return Document("story", story_request(draw, story), story.text)
-    maker = {"command": draw_command, "question": draw_question, "screen": draw_screen}[kind]
     while True:
-        item: Item = maker(draw)
+        item = MAKERS[kind](draw)
         if item.in_training:
             return Document(item.kind, item.prompt, item.answer)
 

@@ -107,7 +107,9 @@ def build_tokenizer_json(model_path: Path) -> Any:
     plain = {
         piece: index
         for piece, index in vocabulary.items()
-        if not (processor.is_control(index) or processor.is_byte(index) or processor.is_unknown(index))
+        if not (
+            processor.is_control(index) or processor.is_byte(index) or processor.is_unknown(index)
+        )
         and piece not in (USER, ASSISTANT)
     }
     tokenizer = Tokenizer(
@@ -145,7 +147,9 @@ def check_tokenizers(model_path: Path, tokenizer: Any, count: int = 3000) -> Non
     for text in texts:
         theirs, ours = processor.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
         if theirs != ours:
-            raise SystemExit(f"tokenizer.json cuts {text!r} into {ours}, SentencePiece into {theirs}")
+            raise SystemExit(
+                f"tokenizer.json cuts {text!r} into {ours}, SentencePiece into {theirs}"
+            )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -52,7 +52,11 @@ def place_fact(draw: Draw) -> Fact:
 
 def owner_fact(draw: Draw) -> Fact:
     """Return what somebody has, holds, wants, found or lost."""
-    person, color, thing = draw.person(MADE_UP_SHARE), draw.pick(words.COLORS), draw.pick(words.OBJECTS)
+    person, color, thing = (
+        draw.person(MADE_UP_SHARE),
+        draw.pick(words.COLORS),
+        draw.pick(words.OBJECTS),
+    )
     verb = draw.pick(tuple(VERBS))
     owned = with_article(f"{color} {thing}")
     questions = (

@@ -61,6 +61,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Return what the layer adds, (B, L, E); without a mask attention is causal."""
         batch, length, _ = x.shape
         shape = (batch, length, -1, self.config.head_dim)
         queries = rotate(self.q_proj(x).view(shape).transpose(1, 2), table)
@@ -85,6 +86,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer adds, (B, L, E)."""
         result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return result
 
@@ -100,6 +102,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Return the next residual stream, (B, L, E)."""
         x = x + self.self_attn(self.input_layernorm(x), table, mask)
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
@@ -116,6 +119,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, NORM_EPS)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the last hidden states (B, L, E) of tokens (B, L)."""
         x = self.embed_tokens(tokens)
         table = rope_table(tokens.shape[1], self.config)
         for layer in self.layers:
@@ -246,4 +250,5 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result

@@ -3,170 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from pocket_cast import (
+    DAYS,
+    Cast,
+    asking,
+    ending,
+    joy,
+    liking,
+    meeting,
+    owning,
+    sorrow,
+    thanks,
+)
 from pocket_words import Draw, split, with_article
 
-DAYS = split(
-    "One day|One morning|One sunny day|One afternoon|One windy day|One cold day|Early one morning"
-)
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Who and what one story is about."""
-
-    name: str
-    kind: str
-    pronoun: str
-    mood: str
-    home: str
-    friend: str
-    friend_kind: str
-    friend_pronoun: str
-    color: str
-    thing: str
-    spot: str
-    other_spot: str
-    food: str
-    animal: str
-    other_animal: str
-
-    @property
-    def He(self) -> str:  # noqa: N802
-        """The hero as the subject of a sentence's start."""
-        return self.pronoun.capitalize()
-
-    @property
-    def him(self) -> str:
-        """The hero as an object."""
-        return "her" if self.pronoun == "she" else "him"
-
-    @property
-    def his(self) -> str:
-        """The hero as an owner."""
-        return "her" if self.pronoun == "she" else "his"
-
-    @property
-    def His(self) -> str:  # noqa: N802
-        """The hero as an owner at a sentence's start."""
-        return self.his.capitalize()
-
-    @property
-    def item(self) -> str:
-        """The thing with its colour."""
-        return f"{self.color} {self.thing}"
-
-    @property
-    def an_item(self) -> str:
-        """The thing with its colour and article."""
-        return with_article(self.item)
-
-    @property
-    def a_friend(self) -> str:
-        """The friend's kind with its article."""
-        return with_article(self.friend_kind)
-
-
 Plot = Callable[[Draw, Cast], list[str]]
-
-
-def liking(d: Draw, c: Cast) -> str:
-    """Return what the hero likes."""
-    return d.pick(
-        (
-            f"{c.name} loved to play near {c.spot}.",
-            f"{c.He} liked to walk to {c.spot} every day.",
-            f"{c.name} liked to sing songs.",
-            f"Every day, {c.name} went to {c.spot}.",
-        )
-    )
-
-
-def owning(d: Draw, c: Cast) -> str:
-    """Return that the hero has the thing."""
-    return d.pick(
-        (
-            f"{c.name} had {c.an_item}. {c.He} loved it very much.",
-            f"{c.His} favorite thing was {c.an_item}.",
-            f"Every day, {c.name} played with {c.his} {c.item}.",
-        )
-    )
-
-
-def joy(d: Draw, c: Cast) -> str:
-    """Return that the hero is happy."""
-    return d.pick(
-        (
-            f"{c.name} was very happy.",
-            f"{c.name} smiled a big smile.",
-            f"The {c.kind} laughed and danced.",
-            f"{c.name} the {c.kind} clapped with joy.",
-        )
-    )
-
-
-def sorrow(d: Draw, c: Cast) -> str:
-    """Return that the hero is sad."""
-    return d.pick(
-        (
-            f"{c.name} was very sad.",
-            f"{c.name} began to cry.",
-            f"The {c.kind} sat down and felt sad.",
-            f"A tear ran down {c.his} face.",
-        )
-    )
-
-
-def meeting(d: Draw, c: Cast) -> str:
-    """Return how the friend comes in, with name and kind."""
-    return d.pick(
-        (
-            f"Then {c.name} met {c.a_friend} named {c.friend}.",
-            f"Just then, {c.a_friend} named {c.friend} came by.",
-            f"On the way, {c.name} met {c.friend} the {c.friend_kind}.",
-            f"{c.friend} the {c.friend_kind} saw {c.him}.",
-        )
-    )
-
-
-def asking(d: Draw, c: Cast) -> str:
-    """Return the friend's question."""
-    return d.pick(
-        (
-            f'"What is wrong?" asked {c.friend}.',
-            f'"Why are you sad, {c.name}?" asked {c.friend}.',
-            f'"Can I help you?" asked the {c.friend_kind}.',
-            f'"Do you need help?" asked {c.friend}.',
-        )
-    )
-
-
-def thanks(d: Draw, c: Cast) -> str:
-    """Return the hero's thanks."""
-    return d.pick(
-        (
-            f'"Thank you, {c.friend}!" said {c.name}.',
-            f'"You are a good friend," {c.name} said to {c.friend}.',
-            f"{c.name} gave {c.friend} a big hug.",
-            f'"Thank you so much!" said the {c.kind}.',
-        )
-    )
-
-
-def ending(d: Draw, c: Cast) -> str:
-    """Return the last sentence of a story with a friend."""
-    return d.pick(
-        (
-            f"From that day on, {c.name} the {c.kind} and {c.friend} the {c.friend_kind} were best friends.",
-            f"{c.name} and {c.friend} played together until the sun went down.",
-            f"{c.name} and {c.friend} walked home together. The end.",
-            f"That night, {c.name} slept well and dreamed of {c.spot}.",
-            f"{c.name} learned that it is good to have a friend.",
-            f"It was the best day ever for {c.name} and {c.friend}.",
-            f"And {c.name} never forgot that day. The end.",
-        )
-    )
 
 
 def lost_thing(d: Draw, c: Cast) -> list[str]:
@@ -179,7 +31,9 @@ def lost_thing(d: Draw, c: Cast) -> list[str]:
         meeting(d, c),
         asking(d, c),
         d.pick((f'"I lost my {c.item}," said {c.name}.', f'"My {c.item} is gone," said {c.name}.')),
-        d.pick((f"They looked near {c.other_spot}, but it was not there.", "They looked high and low.")),
+        d.pick(
+            (f"They looked near {c.other_spot}, but it was not there.", "They looked high and low.")
+        ),
         d.pick(
             (
                 f"Then {c.friend} looked behind {c.spot}. There was the {c.item}!",
@@ -201,14 +55,18 @@ def shared_food(d: Draw, c: Cast) -> list[str]:
         d.pick((f"{day}, {c.name} made {c.food}.", f"{day}, {c.name} took {c.food} to {c.spot}.")),
         meeting(d, c),
         d.pick((f"{c.friend} had nothing to eat.", f'"I am so hungry," said {c.friend}.')),
-        d.pick((f"{c.name} did not want to share at first.", f"The {c.kind} thought for a moment.")),
+        d.pick(
+            (f"{c.name} did not want to share at first.", f"The {c.kind} thought for a moment.")
+        ),
         d.pick(
             (
                 f'"Let us share," said {c.name}.',
                 f"So {c.name} gave half of the food to {c.friend}.",
             )
         ),
-        d.pick((f"They sat near {c.other_spot} and ate together.", "They ate it all under a tree.")),
+        d.pick(
+            (f"They sat near {c.other_spot} and ate together.", "They ate it all under a tree.")
+        ),
         f'"Thank you, {c.name}!" said {c.friend}.',
         joy(d, c),
         d.pick((f"{c.name} learned that sharing is fun.", ending(d, c))),
@@ -219,7 +77,9 @@ def fear(d: Draw, c: Cast) -> list[str]:
     """The hero is afraid at night; the friend comes with a light."""
     return [
         d.pick((f"{c.name} was afraid of the dark.", f"{c.name} was afraid of loud storms.")),
-        d.pick(("One night, there was a big storm.", f"One night, {c.name} heard a strange noise.")),
+        d.pick(
+            ("One night, there was a big storm.", f"One night, {c.name} heard a strange noise.")
+        ),
         d.pick((f"{c.name} hid under the blanket.", f"The {c.kind} could not sleep.")),
         d.pick((f'"Who is there?" asked {c.name}.', f'"I am scared," said {c.name}.')),
         d.pick(
@@ -242,7 +102,9 @@ def fear(d: Draw, c: Cast) -> list[str]:
                 "They counted the stars.",
             )
         ),
-        d.pick((f"Soon {c.name} was not afraid anymore.", f"{c.name} the {c.kind} felt brave now.")),
+        d.pick(
+            (f"Soon {c.name} was not afraid anymore.", f"{c.name} the {c.kind} felt brave now.")
+        ),
         ending(d, c),
     ]
 
@@ -319,11 +181,15 @@ def race(d: Draw, c: Cast) -> list[str]:
     """The hero stops in a race to help the friend."""
     return [
         f"{d.pick(DAYS)}, {c.name} and {c.a_friend} named {c.friend} had a race to {c.spot}.",
-        d.pick((f'"I will win," said {c.friend}.', f'"I am the fastest," said the {c.friend_kind}.')),
+        d.pick(
+            (f'"I will win," said {c.friend}.', f'"I am the fastest," said the {c.friend_kind}.')
+        ),
         d.pick((f"{c.name} was slow, but {c.pronoun} did not stop.", f"{c.name} ran and ran.")),
         f"Then {c.friend} fell over a stone near {c.other_spot}.",
         f"{c.name} saw it and went back to help {c.friend}.",
-        d.pick((f'"You could have won," said {c.friend}.', f'"Why did you stop?" asked {c.friend}.')),
+        d.pick(
+            (f'"You could have won," said {c.friend}.', f'"Why did you stop?" asked {c.friend}.')
+        ),
         f'"I would rather have a friend than a prize," said {c.name}.',
         d.pick(
             (
@@ -346,7 +212,10 @@ def found_thing(d: Draw, c: Cast) -> list[str]:
         meeting(d, c),
         d.pick((f"{c.friend} was looking for something.", f"{c.friend} looked very sad.")),
         d.pick(
-            (f'"I lost my {c.item}," said {c.friend}.', f'"Have you seen my {c.item}?" asked {c.friend}.')
+            (
+                f'"I lost my {c.item}," said {c.friend}.',
+                f'"Have you seen my {c.item}?" asked {c.friend}.',
+            )
         ),
         d.pick((f"{c.name} knew what was right.", f"{c.name} thought about it for a while.")),
         d.pick(
@@ -375,9 +244,16 @@ def gardening(d: Draw, c: Cast) -> list[str]:
         d.pick(("But nothing came up.", "Days went by, and nothing happened.")),
         sorrow(d, c),
         meeting(d, c),
-        d.pick((f'"You must wait," said {c.friend}.', f'"Good things take time," said {c.friend}.')),
+        d.pick(
+            (f'"You must wait," said {c.friend}.', f'"Good things take time," said {c.friend}.')
+        ),
         d.pick((f"So {c.name} waited.", f"{c.name} tried to be patient.")),
-        d.pick(("One morning, there was a small green leaf!", "After the rain, a tall flower came out.")),
+        d.pick(
+            (
+                "One morning, there was a small green leaf!",
+                "After the rain, a tall flower came out.",
+            )
+        ),
         joy(d, c),
         d.pick((f"{c.name} and {c.friend} danced around it.", ending(d, c))),
     ]
@@ -400,7 +276,9 @@ def lost_way(d: Draw, c: Cast) -> list[str]:
             )
         ),
         f"{c.name} and {c.friend} followed the stars.",
-        d.pick((f"At last, {c.name} saw {c.his} home.", f"Soon {c.name} saw a light in the window.")),
+        d.pick(
+            (f"At last, {c.name} saw {c.his} home.", f"Soon {c.name} saw a light in the window.")
+        ),
         thanks(d, c),
         ending(d, c),
     ]
@@ -411,7 +289,12 @@ def birthday(d: Draw, c: Cast) -> list[str]:
     return [
         f"It was the birthday of {c.friend}, {c.a_friend}. {c.name} wanted to give a gift.",
         d.pick((f"But {c.name} had no money.", f"But {c.name} did not know what to give.")),
-        d.pick((f"{c.He} went to {c.spot} and thought.", f"The {c.kind} sat near {c.spot} and thought.")),
+        d.pick(
+            (
+                f"{c.He} went to {c.spot} and thought.",
+                f"The {c.kind} sat near {c.spot} and thought.",
+            )
+        ),
         d.pick((f"So {c.name} made {c.food}.", f"So {c.name} made {c.an_item} by hand.")),
         f'"Happy birthday, {c.friend}!" said {c.name}.',
         d.pick((f"{c.friend} smiled.", f"The {c.friend_kind} was so surprised.")),
@@ -429,7 +312,9 @@ def broken_thing(d: Draw, c: Cast) -> list[str]:
         d.pick((f"{c.name} was afraid to tell {c.friend}.", f"{c.name} wanted to hide it.")),
         d.pick((f"The {c.kind} hid it near {c.spot}.", f"The {c.kind} ran to {c.spot}.")),
         d.pick((f"But {c.name} could not sleep that night.", f"But {c.name} felt bad all day.")),
-        d.pick((f'"I must tell the truth," said {c.name}.', f"Then {c.name} went back to {c.friend}.")),
+        d.pick(
+            (f'"I must tell the truth," said {c.name}.', f"Then {c.name} went back to {c.friend}.")
+        ),
         f'"I broke your {c.item}," said {c.name}. "I am sorry."',
         d.pick(
             (
@@ -455,7 +340,9 @@ def shyness(d: Draw, c: Cast) -> list[str]:
         ),
         d.pick((f"{c.name} hid behind a tree.", f"{c.name} looked at the ground.")),
         f"{c.friend} the {c.friend_kind} saw {c.him}.",
-        d.pick((f'"You can do it, {c.name}," said {c.friend}.', f'"Try it with me," said {c.friend}.')),
+        d.pick(
+            (f'"You can do it, {c.name}," said {c.friend}.', f'"Try it with me," said {c.friend}.')
+        ),
         d.pick((f"So {c.name} took a deep breath.", f"{c.name} began to {skill}.")),
         d.pick(("Everyone stopped to look.", f"Even {with_article(c.animal)} came closer.")),
         d.pick(('"That was wonderful!" they said.', "They all clapped.")),

@@ -7,14 +7,16 @@ So a story can be told consistently by a very small model, and `inconsistencies`
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pocket_plots import PLOTS, Cast
+from pocket_cast import Cast
+from pocket_plots import PLOTS
 from pocket_words import COLORS, Draw, split, with_article
 
-HEROES = {name: "she" for name in split("Lily|Mia|Ella|Ruby|Lucy|Tess|Maya|Clara")} | {
-    name: "he" for name in split("Tom|Max|Ben|Finn|Jack|Theo|Otto|Milo")
-}
+HEROES = dict.fromkeys(split("Lily|Mia|Ella|Ruby|Lucy|Tess|Maya|Clara"), "she") | dict.fromkeys(
+    split("Tom|Max|Ben|Finn|Jack|Theo|Otto|Milo"), "he"
+)
 HERO_KINDS = split("fox|rabbit|bear|mouse|duck|cat|squirrel|frog|puppy|owl|dragon|robot")
 FRIENDS = {
     "Nora": ("she", "hedgehog"),
@@ -159,9 +161,9 @@ def story_request(draw: Draw, story: Story) -> str:
     return wish + draw.pick((".", "", "!")) if draw.chance(0.6) else wish
 
 
-def one_of(options: object) -> str:
+def one_of(options: Iterable[str]) -> str:
     """Return a pattern that matches one of the words."""
-    return "(" + "|".join(sorted(options, key=len, reverse=True)) + ")"  # type: ignore[call-overload]
+    return "(" + "|".join(sorted(options, key=len, reverse=True)) + ")"
 
 
 def inconsistencies(text: str) -> list[str]:
@@ -220,6 +222,8 @@ def animal_faults(text: str) -> list[str]:
 
 
 ALLOWED_CAPITALS = set(
-    split("I|Early|One|Once|The|Thank|You|Do|It|Let|Can|What|Why|Look|Follow|Happy|Good|Two|Here|My|Who")
+    split(
+        "I|Early|One|Once|The|Thank|You|Do|It|Let|Can|What|Why|Look|Follow|Happy|Good|Two|Here|My|Who"
+    )
     + split("Whose|Have|How|Try|That|Please|A|This|Tell|We|Then|Yes|No|Well|Done|Hello")
 )

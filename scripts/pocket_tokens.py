@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pocket_corpus
@@ -98,8 +99,9 @@ class Packer:
                 self.open.remove(max(self.open, key=lambda index: len(self.tokens[index])))
             row = len(self.tokens)
             self.open.append(row)
-            for column in (self.tokens, self.weights, self.owners):
-                column.append([])  # type: ignore[attr-defined]
+            self.tokens.append([])
+            self.weights.append([])
+            self.owners.append([])
         owner = self.owners[row][-1] + 1 if self.owners[row] else 0
         self.tokens[row] += ids
         # weights[i] is the weight of predicting ids[i + 1]; the last id of a document predicts nothing
@@ -110,7 +112,7 @@ class Packer:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return tokens, weights and owners as arrays (N, ROW_TOKENS + 1), rows shuffled."""
         room, order = ROW_TOKENS + 1, np.random.default_rng(0).permutation(len(self.tokens))
-        columns = {
+        columns: dict[str, tuple[list[Any], float, type[np.generic]]] = {
             "tokens": (self.tokens, PAD, np.int16),
             "weights": (self.weights, 0.0, np.float16),
             "owners": (self.owners, 255, np.uint8),
@@ -121,7 +123,9 @@ class Packer:
         }
 
 
-def pack_corpus(tokenizer_path: Path, num_rows: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def pack_corpus(
+    tokenizer_path: Path, num_rows: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Return at least `num_rows` packed rows of the training stream, and counts of what is in them."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
     packer, stream = Packer(), pocket_corpus.documents()

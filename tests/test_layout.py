@@ -47,7 +47,7 @@ def dotted(path: Path) -> str:
 def imports(path: Path, *, at_top_only: bool = False) -> list[str]:
     """The mlx_edge modules that a file imports, those for type checking alone left out."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if at_top_only else [n for n in ast.walk(tree)]
+    nodes = tree.body if at_top_only else list(ast.walk(tree))
     for_types = {
         inner
         for node in ast.walk(tree)

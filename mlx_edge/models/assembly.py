@@ -46,6 +46,7 @@ class Assembler:
             ops.Embedding(table),
             layers,
             ops.HeadWeights(norm, self._head(table)),
+            self._checkpoint,
             self._checkpoint.report,
         )
         self._refuse_unused()

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_edge import ops
 from mlx_edge.cache import KVCache, prepare_step
 from mlx_edge.models.config import ModelConfig
-from mlx_edge.weights import LoadReport
+from mlx_edge.weights import Checkpoint, LoadReport
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Decoder:
     embedding: ops.Embedding
     layers: tuple[Layer, ...]
     head: ops.HeadWeights
+    checkpoint: Checkpoint  # kept, because mapped weights are views of its files
     load_report: LoadReport  # how the weights came here
 
     def __call__(self, tokens: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:

@@ -1,7 +1,6 @@
 """The loop on a tiny random model: greedy tokens, chunks of prefill, limits."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
 import numpy as np
 import pytest
+from mlx import nn
 
 from mlx_edge.models.load import load_model
 from tests.models.tiny import CONFIGS, make_model, save_model

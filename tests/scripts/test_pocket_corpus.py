@@ -99,7 +99,9 @@ def test_every_word_of_an_unseen_sentence_is_known():
     known = set().union(*(template_words(t.text) for t in templates if not t.held))
     held = [t for t in templates if t.held]
     assert len(held) > 100
-    assert {t.text: template_words(t.text) - known for t in held if template_words(t.text) - known} == {}
+    assert {
+        t.text: template_words(t.text) - known for t in held if template_words(t.text) - known
+    } == {}
 
 
 def test_no_unseen_sentence_equals_a_known_one():
@@ -157,7 +159,7 @@ def test_stories_are_consistent_and_the_check_notices_when_not(sample):
         ("Lily was very", "The duck was very"),
         ("was very happy.", "lost the blue ball."),
         ("asked Sam", "asked Zarko"),
-        ("Can I help you?", "Please help me,\" said the mole. \"Yes"),
+        ("Can I help you?", 'Please help me," said the mole. "Yes'),
         ("happy.", "happy"),
     ):
         assert stories.inconsistencies(good.replace(old, new)), (old, new)
