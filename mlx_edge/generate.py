@@ -84,15 +84,13 @@ def generate_text(args: Namespace) -> None:
         sampler=sampler,
         prefill_step_size=args.prefill_step_size,
     )
-    if args.verbose:
-        print("=" * 10)
     for response in responses:
+        if args.verbose and response.generation_tokens == 1:
+            print("=" * 10)
         print(response.text, end="", flush=True)
     print()
     if args.verbose:
-        print("=" * 10)
-        print(describe(response))
-        print(f"Loaded: {model.load_report}")
+        print(f"{'=' * 10}\n{describe(response)}\nLoaded: {model.load_report}")
 
 
 def main(argv: list[str] | None = None) -> int:

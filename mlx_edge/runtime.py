@@ -1,5 +1,8 @@
 """What this process runs on: the device, the dtype to compute in, and the memory it took."""
 
+import sys
+from importlib.resources import files
+
 import mlx.core as mx
 
 
@@ -20,6 +23,20 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
 def convert_float(array: mx.array) -> mx.array:
     """The array in the dtype that this machine computes in."""
     return array.astype(compute_dtype(array.dtype))
+
+
+def missing_native_part() -> str | None:
+    """What this installation lacks because it was built without a compiler, or None. macOS needs no native part."""
+    if sys.platform == "darwin":
+        return None
+    try:
+        files("mlx_edge._native")
+    except ModuleNotFoundError:
+        return (
+            "mlx_edge was installed without its native CPU part (no C++ compiler, or its build failed); "
+            "it runs on plain MLX ops. Install g++ and cmake, then install mlx_edge again"
+        )
+    return None
 
 
 def peak_memory_gb() -> float:

@@ -65,17 +65,18 @@ class ModelConfig:
         Raises: ModelFormatError when it is missing or broken, UnsupportedModelError when it asks for
         mathematics that this runtime does not have.
         """
-        return ModelConfig.from_hf(read_json_object(folder / "config.json"))
+        path = folder / "config.json"
+        return ModelConfig.from_hf(read_json_object(path), str(path))
 
     @staticmethod
-    def from_hf(raw: Mapping[str, Any]) -> "ModelConfig":
-        """Translate the content of a `config.json`."""
-        fields = Fields(raw, "config.json")
+    def from_hf(raw: Mapping[str, Any], name: str = "config.json") -> "ModelConfig":
+        """Translate the content of a `config.json`; `name` says in messages where it stands."""
+        fields = Fields(raw, name)
         model_type = fields.string("model_type")
         family = FAMILIES.get(model_type)
         if family is None:
             raise UnsupportedModelError(
-                f"config.json: model_type {model_type!r} is not one of those defined here "
+                f"{fields.name}: model_type {model_type!r} is not one of those defined here "
                 f"({', '.join(sorted(FAMILIES))}); other architectures run through mlx-lm's definitions: "
                 "pip install 'mlx-edge[bridge]' and python -m mlx_lm generate"
             )
@@ -84,7 +85,7 @@ class ModelConfig:
         hidden_size = fields.integer("hidden_size", high=MAX_EXTENT)
         if num_heads % num_kv_heads:
             raise ModelFormatError(
-                f"config.json: num_attention_heads {num_heads} is not a multiple of "
+                f"{fields.name}: num_attention_heads {num_heads} is not a multiple of "
                 f"num_key_value_heads {num_kv_heads}"
             )
         has_bias = fields.boolean("attention_bias", False)
@@ -109,7 +110,7 @@ class ModelConfig:
         )
         if config.head_dim % 2:
             raise ModelFormatError(
-                f"config.json: head_dim {config.head_dim} is odd; RoPE turns pairs"
+                f"{fields.name}: head_dim {config.head_dim} is odd; RoPE turns pairs"
             )
         _refuse_unsupported(fields, family)
         return config
@@ -179,7 +180,7 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
     fields.string("hidden_activation", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(
-            f"config.json: hidden_act {activation!r} is not supported for {family.model_type}; known is silu"
+            f"{fields.name}: hidden_act {activation!r} is not supported for {family.model_type}; known is silu"
         )
     has_window = fields.raw.get("sliding_window") is not None
     if not fields.boolean("use_sliding_window", has_window):

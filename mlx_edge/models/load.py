@@ -1,5 +1,6 @@
 """From a name to a model that runs: find the folder, read the configuration, map the weights, load the text side."""
 
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ import mlx.core as mx
 from mlx_edge.models.assembly import Assembler
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder
-from mlx_edge.runtime import convert_float
+from mlx_edge.runtime import convert_float, missing_native_part
 from mlx_edge.text import Tokenizer, load_tokenizer
 from mlx_edge.weights import Checkpoint
 from mlx_edge.weights.hub import DEFAULT_MODEL, find_model
+
+logger = logging.getLogger(__name__)
 
 
 @overload
@@ -50,6 +53,9 @@ def load(
     Raises: ModelFormatError for a folder that is missing or broken, UnsupportedModelError for a model that
     needs mathematics which are not here.
     """
+    notice = missing_native_part()
+    if notice:
+        logger.warning(notice)
     folder = find_model(str(path_or_hf_repo), revision=revision)
     model = load_model(folder, lazy=lazy)
     tokenizer = load_tokenizer(folder)

@@ -37,7 +37,7 @@ class Quantization:
         if foreign is not None and "quant_method" in foreign.raw:
             method = foreign.string("quant_method")
             raise UnsupportedModelError(
-                f"config.json: quantization_config asks for {method!r}; only MLX's own layout is read. "
+                f"{fields.name}: quantization_config asks for {method!r}; only MLX's own layout is read. "
                 "Take an mlx-community conversion of the model, or convert it from the float weights"
             )
         own = fields.nested("quantization") or foreign

@@ -21,9 +21,9 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
     if name in BUNDLED and not Path(name).exists():
         return Path(str(files("mlx_edge") / "assets" / name.replace("-", "_")))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
-    if folder.exists():
+    if name and folder.exists():
         raise ModelFormatError(
             f"{name} is a file; expected a model folder, a hub id or {BUNDLED[0]}"
         )
@@ -37,10 +37,15 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except LocalEntryNotFoundError:
+        raise ModelFormatError(
+            f"{name}: no such folder here, not in the hub's cache, and the hub cannot be reached; "
+            "check the name and the connection"
+        ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelFormatError(

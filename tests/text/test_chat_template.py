@@ -42,7 +42,9 @@ def test_tojson_neither_escapes_html_nor_unicode():
 
 
 def test_generation_blocks_show_their_body():
-    source = "{% for m in messages %}{% generation %}{{ m.content }};{% endgeneration %}{% endfor %}"
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content }};{% endgeneration %}{% endfor %}"
+    )
     assert render(source) == "Hallå <b>;Hej;"
 
 
