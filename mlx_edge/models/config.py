@@ -122,7 +122,7 @@ def _read_rope(fields: Fields) -> RopeConfig:
     other = fields.nested("rope_scaling")
     if other is not None and nested is not None and dict(other.raw) != dict(nested.raw):
         raise ModelFormatError(
-            "config.json: rope_parameters and rope_scaling contradict each other"
+            f"{fields.name}: rope_parameters and rope_scaling contradict each other"
         )
     default_theta = fields.number("rope_theta", 10000.0, low=0.0)
     if nested is None:

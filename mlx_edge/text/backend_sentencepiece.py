@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,14 +131,27 @@ class SentencePieceBackend:
     def _encode_stretch(self, text: str, *, starts_text: bool) -> list[int]:
         if not text:
             return []
-        prefixed = self._add_prefix_space and (starts_text or self._legacy)
-        processor = self._processor if prefixed else self._processor_without_prefix
+        as_it_is = not self._has_prefix or (
+            self._add_prefix_space and self._wants_prefix(text, starts_text=starts_text)
+        )
+        processor = self._processor if as_it_is else self._processor_without_prefix
         ids: list[int] = processor.encode(text)
         return ids
+
+    def _wants_prefix(self, text: str, *, starts_text: bool) -> bool:
+        if self._removes_spaces and text.startswith(" "):
+            return True  # the library drops the space, and the prefix takes its place
+        return self._legacy or (starts_text and not text.startswith(self._user_defined))
 
     @functools.cached_property
     def _processor_without_prefix(self) -> Any:
         return self._open(self._model + _NO_DUMMY_PREFIX)
+
+    @functools.cached_property
+    def _user_defined(self) -> tuple[str, ...]:
+        """User-defined pieces, which the library matches itself, but writes a space before."""
+        pieces = (self._piece(index) for index in _user_defined_ids(self._model))
+        return tuple(piece for piece in pieces if SPACE_MARK not in piece)
 
     @functools.cached_property
     def _splitter(self) -> re.Pattern[str]:
@@ -171,7 +185,7 @@ class SentencePieceBackend:
     def _probe_spaces(self, config: TokenizerConfig) -> None:
         """Find the rules for leading spaces, which the library applies but does not tell."""
         one, two = ("".join(self._processor.encode(text, out_type=str)) for text in ("a", "  a"))
-        has_prefix = one.startswith(SPACE_MARK)
+        self._has_prefix = one.startswith(SPACE_MARK)
         if one.endswith(SPACE_MARK):
             raise UnsupportedModelError(
                 f"{self._path} writes spaces behind words (treat_whitespace_as_suffix), "
@@ -179,8 +193,8 @@ class SentencePieceBackend:
             )
         self._add_prefix_space = config.add_prefix_space is not False
         self._legacy = config.legacy
-        self._removes_spaces = two.count(SPACE_MARK) == int(has_prefix)
-        self._strips_start = self._removes_spaces or (has_prefix and self._add_prefix_space)
+        self._removes_spaces = two.count(SPACE_MARK) == int(self._has_prefix)
+        self._strips_start = self._removes_spaces or (self._has_prefix and self._add_prefix_space)
 
     def _refuse_contradictions(self) -> None:
         for index, content in self._added.items():
@@ -190,6 +204,25 @@ class SentencePieceBackend:
                     f"tokenizer_config.json gives {content!r} the id {index}, but in "
                     f"{self._path} it is {piece_id}; take both files from the same revision of the model"
                 )
+
+
+def _user_defined_ids(model: bytes) -> Iterator[int]:
+    """Walk over a serialized model: the library tells no piece's type but control, unknown, byte.
+
+    A ModelProto begins with its pieces (field 1), each of which ends with its type (field 3)
+    unless that is NORMAL; USER_DEFINED is 4.
+    """
+    position, index = 0, 0
+    while position < len(model) and model[position] == 0x0A:
+        size, shift, more = 0, 0, 0x80
+        while more:  # the length, as a varint
+            position += 1
+            size |= (model[position] & 0x7F) << shift
+            shift, more = shift + 7, model[position] & 0x80
+        position += 1 + size
+        if model[position - 2 : position] == b"\x18\x04":
+            yield index
+        index += 1
 
 
 def _pattern(token: AddedToken) -> str:
