@@ -68,7 +68,8 @@ class Assembler:
         prefix = family.layer.format(index=index)
         hidden, inner = config.hidden_size, config.intermediate_size
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        qkv_bias, mlp_bias = config.has_attention_bias, config.has_mlp_bias
+        qkv_bias, mlp_bias = config.has_qkv_bias, config.has_mlp_bias
+        kind = config.layers[index]
 
         def head_norm(name: str) -> ops.Norm | None:
             return self._norm(prefix + name, config.head_dim) if config.has_qk_norm else None
@@ -85,6 +86,7 @@ class Assembler:
             scale=config.head_dim**-0.5,
             q_norm=head_norm(family.query_norm),
             k_norm=head_norm(family.key_norm),
+            window=kind.window,
         )
         mlp = ops.MLPWeights(
             norm=self._norm(prefix + family.mlp_norm, hidden),
@@ -92,7 +94,7 @@ class Assembler:
             up=self._linear(prefix + family.up, inner, hidden, has_bias=mlp_bias),
             down=self._linear(prefix + family.down, hidden, inner, has_bias=mlp_bias),
         )
-        return Layer(attention, mlp, rope)
+        return Layer(attention, mlp, rope if kind.has_rope else None)
 
     def _linear(self, name: str, rows: int, columns: int, *, has_bias: bool = False) -> ops.Linear:
         packing = self._config.quantization.packing(name)
@@ -112,10 +114,14 @@ class Assembler:
             )
         groups = columns // packing.group_size
         packs = self._take(f"{name}.weight", ("U32",), (rows, columns * packing.bits // 32))
+        is_affine = packing.mode == "affine"
+        scales = f"{name}.scales"
         return ops.Quantized(
             packs,
-            self._float(f"{name}.scales", rows, groups),
-            self._float(f"{name}.biases", rows, groups),
+            self._float(scales, rows, groups)
+            if is_affine
+            else self._take(scales, ("U8",), (rows, groups)),
+            self._float(f"{name}.biases", rows, groups) if is_affine else None,
             packing.group_size,
             packing.bits,
             packing.mode,

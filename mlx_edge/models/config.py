@@ -8,27 +8,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.families import FAMILIES, Family
 from mlx_edge.models.fields import Fields
+from mlx_edge.models.layers import LayerKind, read_layers
 from mlx_edge.models.quantization import Quantization
+from mlx_edge.models.rope import MAX_CONTEXT, RopeConfig, read_rope
 
 MAX_LAYERS = 512
 MAX_EXTENT = 1 << 24  # no model dimension, head count or vocabulary is near it
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding: base, and Llama 3's stretching of long periods where `kind` is "llama3"."""
-
-    theta: float
-    kind: Literal["default", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
 
 
 @dataclass(frozen=True)
@@ -47,8 +37,9 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig
     is_tied: bool | None  # the head is the token table; None: tied when the files hold no head
+    layers: tuple[LayerKind, ...]
     has_qk_norm: bool
-    has_attention_bias: bool
+    has_qkv_bias: bool
     has_output_bias: bool  # on the attention's output projection
     has_mlp_bias: bool
     quantization: Quantization = field(default_factory=Quantization)
@@ -89,21 +80,24 @@ class ModelConfig:
                 f"num_key_value_heads {num_kv_heads}"
             )
         has_bias = fields.boolean("attention_bias", False)
+        num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
+        context_size = fields.integer("max_position_embeddings", 2048, high=MAX_CONTEXT)
         config = ModelConfig(
             model_type=model_type,
-            num_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+            num_layers=num_layers,
             hidden_size=hidden_size,
             intermediate_size=fields.integer("intermediate_size", high=MAX_EXTENT),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=fields.integer("head_dim", max(1, hidden_size // num_heads), high=4096),
             vocab_size=fields.integer("vocab_size", high=MAX_EXTENT),
-            context_size=fields.integer("max_position_embeddings", 2048, high=1 << 30),
+            context_size=context_size,
             norm_eps=fields.number("rms_norm_eps", low=0.0),
-            rope=_read_rope(fields),
+            rope=read_rope(fields, family.default_theta, context_size),
             is_tied=fields.boolean("tie_word_embeddings") if "tie_word_embeddings" in raw else None,
+            layers=read_layers(fields, family, num_layers),
             has_qk_norm=family.has_qk_norm,
-            has_attention_bias=has_bias,
+            has_qkv_bias=has_bias or family.has_qkv_bias,
             has_output_bias=has_bias and family.has_output_bias,
             has_mlp_bias=fields.boolean("mlp_bias", False),
             quantization=Quantization.read(fields),
@@ -116,46 +110,6 @@ class ModelConfig:
         return config
 
 
-def _read_rope(fields: Fields) -> RopeConfig:
-    """RoPE from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`."""
-    nested = fields.nested("rope_parameters") or fields.nested("rope_scaling")
-    other = fields.nested("rope_scaling")
-    if other is not None and nested is not None and dict(other.raw) != dict(nested.raw):
-        raise ModelFormatError(
-            f"{fields.name}: rope_parameters and rope_scaling contradict each other"
-        )
-    default_theta = fields.number("rope_theta", 10000.0, low=0.0)
-    if nested is None:
-        return RopeConfig(default_theta)
-    theta = nested.number("rope_theta", default_theta, low=0.0)
-    kind = nested.string("rope_type", nested.string("type", "default"))
-    nested.string("type", "default")
-    if kind not in ("default", "llama3"):
-        raise UnsupportedModelError(
-            f"{nested.name}: rope type {kind!r} is not supported; known are default and llama3"
-        )
-    if kind == "default":
-        rope = RopeConfig(theta)
-    else:
-        rope = RopeConfig(
-            theta,
-            "llama3",
-            factor=nested.number("factor", low=0.0),
-            low_freq_factor=nested.number("low_freq_factor", 1.0, low=0.0),
-            high_freq_factor=nested.number("high_freq_factor", 4.0, low=0.0),
-            original_context=nested.integer(
-                "original_max_position_embeddings", 8192, high=MAX_EXTENT
-            ),
-        )
-        if rope.high_freq_factor <= rope.low_freq_factor:
-            raise ModelFormatError(
-                f"{nested.name}: high_freq_factor {rope.high_freq_factor} must be above "
-                f"low_freq_factor {rope.low_freq_factor}"
-            )
-    nested.refuse_unread()
-    return rope
-
-
 # Keys that describe training, files or generation defaults; none changes what a forward pass computes.
 NEUTRAL = frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
@@ -164,7 +118,7 @@ NEUTRAL = frozenset(
     diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout
     id2label initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length
-    max_window_layers min_length model_type name no_repeat_ngram_size num_beam_groups num_beams
+    min_length model_type name no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
     pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
@@ -182,11 +136,6 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
         raise UnsupportedModelError(
             f"{fields.name}: hidden_act {activation!r} is not supported for {family.model_type}; known is silu"
         )
-    has_window = fields.raw.get("sliding_window") is not None
-    if not fields.boolean("use_sliding_window", has_window):
-        fields.unread.discard("sliding_window")
-    if not set(fields.strings("layer_types")) <= {"full_attention"}:
-        fields.unread.add("layer_types")
     fields.unread -= NEUTRAL
     fields.refuse_unread()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,13 @@ class Family:
 
     model_type: str
     has_qk_norm: bool = False  # an RMSNorm over each query and key head, before RoPE
+    has_qkv_bias: bool = False  # whatever `attention_bias` says
     has_output_bias: bool = True  # `attention_bias` also means a bias on the output projection
+    default_theta: float = 10000.0
+    # Which layers see only `sliding_window` positions, when `layer_types` does not say.
+    window_layers: Literal["none", "all", "last", "without rope"] = "none"
+    default_window: int | None = None
+    has_rope_gaps: bool = False  # every `no_rope_layer_interval`-th layer goes without RoPE
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
@@ -35,6 +42,11 @@ FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama"),  # Llama 2 and 3
-        Family("qwen3", has_qk_norm=True),
+        Family("mistral", window_layers="all", default_window=4096),
+        Family("qwen2", has_qkv_bias=True, has_output_bias=False, window_layers="last"),  # and 2.5
+        Family("qwen3", has_qk_norm=True, window_layers="last"),
+        Family(
+            "smollm3", window_layers="without rope", has_rope_gaps=True, default_theta=2000000.0
+        ),
     )
 }

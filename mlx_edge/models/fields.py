@@ -33,6 +33,15 @@ class Fields:
             raise self._wrong(key, value, "a list of strings")
         return value
 
+    def integers(self, key: str, *, low: int = 0, high: int) -> list[int]:
+        """A list of whole numbers from `low` to `high`; empty when the key is absent."""
+        value = self._value(key, [])
+        if not isinstance(value, list) or not all(
+            isinstance(item, int) and low <= item <= high for item in value
+        ):
+            raise self._wrong(key, value, f"a list of whole numbers from {low} to {high}")
+        return value
+
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """A truth value."""
         value = self._value(key, default)

@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.fields import Fields
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
+# Bits and group sizes of each mode, the first of them its default. All but affine have uint8 scales and no offsets.
+MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((4, 1, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Affine quantization of one weight: `bits` per value, a scale and an offset per `group_size` values."""
+    """How one weight is packed: `bits` per value, a scale (affine: and an offset) per `group_size` values."""
 
     group_size: int
     bits: int
@@ -73,18 +78,19 @@ def _read_exception(own: Fields, layer: str) -> Packing | None:
 
 def _read_packing(fields: Fields) -> Packing:
     mode = fields.string("mode", "affine")
-    if mode != "affine":
+    if mode not in MODES:
         raise UnsupportedModelError(
-            f"{fields.name}: mode {mode!r} is not supported; known is affine"
+            f"{fields.name}: mode {mode!r} is not supported; known are {', '.join(MODES)}"
         )
+    bits, group_sizes = MODES[mode]
     packing = Packing(
-        group_size=fields.integer("group_size", high=1 << 16),
-        bits=fields.integer("bits", high=64),
+        group_size=fields.integer("group_size", group_sizes[0], high=1 << 16),
+        bits=fields.integer("bits", bits[0], high=64),
         mode=mode,
     )
-    if packing.bits not in BITS or packing.group_size not in GROUP_SIZES:
+    if packing.bits not in bits or packing.group_size not in group_sizes:
         raise ModelFormatError(
-            f"{fields.name}: {packing.bits} bits in groups of {packing.group_size}; expected bits of "
-            f"{', '.join(map(str, BITS))} and groups of {', '.join(map(str, GROUP_SIZES))}"
+            f"{fields.name}: {packing.bits} bits in groups of {packing.group_size}; {mode} has bits of "
+            f"{', '.join(map(str, sorted(bits)))} and groups of {', '.join(map(str, sorted(group_sizes)))}"
         )
     return packing

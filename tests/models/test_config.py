@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.config import ModelConfig
+from mlx_edge.models.families import FAMILIES
 from mlx_edge.models.quantization import Packing
 from tests.models.tiny import CONFIGS, LLAMA3_ROPE
 
@@ -76,15 +77,18 @@ def test_keys_that_change_nothing_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not one of those defined here (llama, qwen3)"),
+        (
+            {"model_type": "mamba"},
+            "'mamba' is not one of those defined here (llama, mistral, qwen2, qwen3, smollm3)",
+        ),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
-        ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types chunked_attention"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope'"),
         ({"rope_scaling": {**LLAMA3_ROPE, "mscale": 2}}, "mscale = 2"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
-        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mode 'mxfp4'"),
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "int4"}}, "mode 'int4'"),
         ({"num_experts": 8}, "num_experts = 8"),
     ],
     ids=lambda value: str(value)[:40],
@@ -114,7 +118,9 @@ def test_unsupported_mathematics_is_named(changes: dict[str, Any], named: str) -
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3', expected an object"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 9}}, "must be above"),
-        ({"quantization": {"bits": 4}}, "group_size is missing"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types has 2 entries for 3 layers"),
+        ({"quantization": {"bits": 8, "mode": "mxfp4"}}, "8 bits in groups of 32; mxfp4 has"),
         ({"quantization": {"group_size": 64, "bits": 7}}, "7 bits in groups of 64"),
     ],
     ids=lambda value: str(value)[:40],
@@ -158,11 +164,14 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-KEYS = st.sampled_from([*LLAMA, "rope_scaling", "rope_parameters", "quantization", "layer_types"])
+KEYS = st.sampled_from(
+    [*LLAMA, "rope_scaling", "rope_parameters", "quantization", "layer_types"]
+    + ["sliding_window", "use_sliding_window", "max_window_layers", "no_rope_layers"]
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(KEYS, JSON, max_size=5), st.sampled_from(["llama", "qwen3"]))
+@given(st.dictionaries(KEYS, JSON, max_size=5), st.sampled_from(sorted(FAMILIES)))
 def test_fuzz_values(changes: dict[str, Any], model_type: str) -> None:
     raw = {**LLAMA, "model_type": model_type, **changes}
     try:

@@ -74,3 +74,25 @@ def test_layer_overrides_equal_mlx_lm(tmp_path: Path) -> None:
     )
     packed = {**config, "quantization": {"group_size": 32, "bits": 4, **overrides}}
     assert_same_logits(model, packed, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_float_quantized_logits_equal_mlx_lm(mode: str, tmp_path: Path) -> None:
+    config = CONFIGS["qwen3"]
+    model = make_model(config)
+    nn.quantize(model, mode=mode)
+    group_size, bits = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
+    packed = {**config, "quantization": {"group_size": group_size, "bits": bits, "mode": mode}}
+    assert_same_logits(model, packed, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_stored_dtypes_are_read(dtype: mx.Dtype, tmp_path: Path) -> None:
+    config = CONFIGS["llama2"]
+    model = make_model(config)
+    model.set_dtype(dtype)
+    folder = save_model(model, config, tmp_path)
+    ours = load_model(folder)
+    model.set_dtype(mx.float32)  # what a CPU computes in
+    tokens = mx.array([[1, 2, 3, 4]])
+    assert np.allclose(np.array(ours(tokens)), np.array(model(tokens)), atol=1e-4)

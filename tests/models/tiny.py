@@ -34,6 +34,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama3": {"model_type": "llama", **SIZES, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
     "llama-tied": {"model_type": "llama", **SIZES, "tie_word_embeddings": True},
     "llama-bias": {"model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", **SIZES, "sliding_window": None},
+    "windows": {  # mlx-lm's llama with windows in some layers
+        "model_type": "llama",
+        **SIZES,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "linear": {
+        "model_type": "llama",
+        **SIZES,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "dynamic": {
+        "model_type": "llama",
+        **SIZES,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+    },
+    "yarn": {
+        "model_type": "qwen3",
+        **SIZES,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "qwen2": {"model_type": "qwen2", **{k: v for k, v in SIZES.items() if k != "head_dim"}},
+    "smollm3": {"model_type": "smollm3", **SIZES, "no_rope_layers": [1, 0, 1]},
+    "smollm3-interval": {"model_type": "smollm3", **SIZES, "no_rope_layer_interval": 2},
     "qwen3": {"model_type": "qwen3", **SIZES},
     "qwen3-tied": {"model_type": "qwen3", **SIZES, "tie_word_embeddings": True, "head_dim": 16},
 }
@@ -41,7 +70,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def make_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
     """mlx-lm's model of this configuration with random weights; norms are not all ones."""
-    module = import_module(f"mlx_lm.models.{config['model_type']}")
+    name = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    module = import_module(f"mlx_lm.models.{name}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
     shaken = [
