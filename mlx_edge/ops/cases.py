@@ -17,9 +17,11 @@ class LinearCase:
     bits: int = 0
     group_size: int = 64
     has_bias: bool = False
+    mode: str = "affine"
 
     def __str__(self) -> str:
         weight = f"q{self.bits}g{self.group_size}" if self.bits else "dense"
+        weight = weight if self.mode == "affine" else self.mode
         return f"{self.m}x{self.n}x{self.k}-{weight}{'-bias' if self.has_bias else ''}"
 
 
@@ -96,10 +98,13 @@ TEST = Cases(
         *(LinearCase(m, 33, 64) for m in (1, 2, 17)),
         LinearCase(1, 1, 128),
         LinearCase(3, 40, 96, has_bias=True),
-        *(LinearCase(2, 40, 256, bits) for bits in (2, 3, 4, 5, 6, 8)),
+        *(LinearCase(2, 40, 256, bits) for bits in (1, 2, 3, 4, 5, 6, 8)),
         *(LinearCase(1, 7, 384, 4, group_size) for group_size in (32, 64, 128)),
         LinearCase(17, 24, 128, 4, 32, has_bias=True),
         LinearCase(1, 1, 64, 8, 64),
+        LinearCase(3, 40, 96, 4, 32, mode="mxfp4"),
+        LinearCase(3, 40, 96, 8, 32, mode="mxfp8"),
+        LinearCase(3, 40, 96, 4, 16, mode="nvfp4"),
     ),
     attention=(
         AttentionCase(1, 4, 4, 16, stored=0, width=1, segments=1),

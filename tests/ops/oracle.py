@@ -6,6 +6,23 @@ import numpy as np
 from mlx_edge import ops
 
 
+def small_floats(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """Every value of a sign, exponent, mantissa format without infinities, by code (OCP MX 1.0)."""
+    codes = np.arange(1 << (1 + exponent_bits + mantissa_bits))
+    mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    bias = (1 << (exponent_bits - 1)) - 1
+    magnitude = np.where(
+        exponent > 0, (1 + mantissa) * 2.0 ** (exponent - bias), mantissa * 2.0 ** (1 - bias)
+    )
+    return np.where(codes >> (exponent_bits + mantissa_bits), -magnitude, magnitude)
+
+
+E2M1 = small_floats(2, 1)
+E4M3 = small_floats(4, 3)
+E8M0 = 2.0 ** (np.arange(256) - 127.0)
+
+
 def f64(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
@@ -17,8 +34,13 @@ def matrix(weights: ops.Linear) -> np.ndarray:
     packs = np.array(weights.weight).astype("<u4")
     bits = np.unpackbits(packs.view(np.uint8), axis=-1, bitorder="little")
     digits = bits.reshape(packs.shape[0], -1, weights.bits)
-    values = (digits * (1 << np.arange(weights.bits))).sum(-1).astype(np.float64)
-    grouped = values.reshape(packs.shape[0], -1, weights.group_size)
+    codes = (digits * (1 << np.arange(weights.bits))).sum(-1)
+    grouped = codes.reshape(packs.shape[0], -1, weights.group_size)
+    if weights.mode != "affine":
+        elements = E4M3 if weights.bits == 8 else E2M1
+        scales = E4M3 if weights.mode == "nvfp4" else E8M0
+        scaled = elements[grouped] * scales[np.array(weights.scales)][..., None]
+        return scaled.reshape(packs.shape[0], -1)
     assert weights.offsets is not None
     scaled = grouped * f64(weights.scales)[..., None] + f64(weights.offsets)[..., None]
     return scaled.reshape(packs.shape[0], -1)

@@ -35,13 +35,14 @@ def normal(*shape: int) -> mx.array:
     return mx.random.normal(shape)
 
 
-def make_linear(n: int, k: int, bits: int = 0, group_size: int = 64, has_bias: bool = False):
+def make_linear(n: int, k: int, bits: int = 0, group_size: int = 64, has_bias: bool = False, mode: str = "affine"):
     weight = normal(n, k) / k**0.5
     bias = normal(n) if has_bias else None
     if not bits:
         return ops.Dense(weight, bias)
-    packs, scales, offsets = mx.quantize(weight, group_size=group_size, bits=bits)
-    return ops.Quantized(packs, scales, offsets, group_size, bits, bias=bias)
+    packs, scales, *offsets = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
+    offset = offsets[0] if offsets else None
+    return ops.Quantized(packs, scales, offset, group_size, bits, mode, bias=bias)
 
 
 def make_norm(size: int) -> ops.Norm:
@@ -56,7 +57,7 @@ def assert_close(found: mx.array, wanted: np.ndarray, tolerance: float = TOLERAN
 
 @pytest.mark.parametrize("case", TEST.linear, ids=str)
 def test_linear(case: LinearCase) -> None:
-    weights = make_linear(case.n, case.k, case.bits, case.group_size, case.has_bias)
+    weights = make_linear(case.n, case.k, case.bits, case.group_size, case.has_bias, case.mode)
     x = normal(1, case.m, case.k)
     assert_close(ops.linear(x, weights), oracle.linear(oracle.f64(x), weights))
 
