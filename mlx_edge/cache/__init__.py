@@ -1,5 +1,7 @@
 """KV caches: what a model remembers of the positions that it has seen."""
 
-from mlx_edge.cache.full import KVCache, prepare_step
+from mlx_edge.cache.layer import KVCache, prepare_step
+from mlx_edge.cache.quantized import QuantizedRows
+from mlx_edge.cache.rows import FloatRows, RowFormat
 
-__all__ = ["KVCache", "prepare_step"]
+__all__ = ["FloatRows", "KVCache", "QuantizedRows", "RowFormat", "prepare_step"]

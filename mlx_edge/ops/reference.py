@@ -20,6 +20,7 @@ from mlx_edge.ops.types import (
     Linear,
     MLPWeights,
     Norm,
+    PackedRows,
     Rope,
     Segment,
     StepMeta,
@@ -107,10 +108,11 @@ def _attend(
     scores = []
     is_masked = any(_needs_mask(segment, meta, window) for segment in segments)
     for segment in segments:
-        score = grouped @ segment.keys.swapaxes(-1, -2)
+        score = _times_rows(grouped, segment.keys)
         if is_masked:
             score = score.reshape(batch, kv_heads, -1, length, score.shape[-1])
-            seen = visible(positions, segment.positions, window)[:, None, None]
+            seen = visible(positions, segment.positions, _narrower(window, segment.window))
+            seen = seen[:, None, None]
             score = mx.where(seen, score, mx.array(-mx.inf, score.dtype))
             score = score.reshape(batch, kv_heads, -1, score.shape[-1])
         scores.append(score)
@@ -119,14 +121,46 @@ def _attend(
         weights = mx.where(mx.isnan(weights), mx.array(0, weights.dtype), weights)
     ends = list(accumulate(score.shape[-1] for score in scores))
     parts = mx.split(weights, ends[:-1], axis=-1)
-    y = sum(part @ segment.values for part, segment in zip(parts, segments, strict=True))
+    y = sum(_mix_rows(part, segment.values) for part, segment in zip(parts, segments, strict=True))
     assert isinstance(y, mx.array)
     return y.reshape(batch, heads, length, dim)
+
+
+def _times_rows(x: mx.array, rows: mx.array | PackedRows) -> mx.array:
+    """x (B, K, N, D) times each stored row: (B, K, N, S)."""
+    if isinstance(rows, mx.array):
+        return x @ rows.swapaxes(-1, -2)
+    return _packed_product(x, rows, transpose=True)
+
+
+def _mix_rows(weights: mx.array, rows: mx.array | PackedRows) -> mx.array:
+    """The stored rows weighted by (B, K, N, S) and summed: (B, K, N, D)."""
+    if isinstance(rows, mx.array):
+        return weights @ rows
+    return _packed_product(weights, rows, transpose=False)
+
+
+def _packed_product(x: mx.array, rows: PackedRows, *, transpose: bool) -> mx.array:
+    return mx.quantized_matmul(
+        x,
+        rows.packs,
+        rows.scales,
+        rows.offsets,
+        transpose=transpose,
+        group_size=rows.group_size,
+        bits=rows.bits,
+    )
+
+
+def _narrower(first: int | None, second: int | None) -> int | None:
+    """The smaller of two windows; None sees everything."""
+    return min((w for w in (first, second) if w is not None), default=None)
 
 
 def _needs_mask(segment: Segment, meta: StepMeta, window: int | None) -> bool:
     """Whether some query does not see some slot; decided on the host, so that decoding builds no mask."""
     first_query, last_query = min(meta.starts), max(meta.starts) + meta.width - 1
+    window = _narrower(window, segment.window)
     outside = window is not None and segment.first <= last_query - window
     is_padded = min(meta.lengths) < meta.width
     return segment.has_gaps or is_padded or outside or segment.last > first_query

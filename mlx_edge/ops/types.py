@@ -153,15 +153,33 @@ class StepMeta:
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """Quantized keys or values (B, K, S, D): groups along D, value = scale * code + offset."""
+
+    packs: mx.array  # (B, K, S, D * bits / 32) uint32
+    scales: mx.array  # (B, K, S, D / group_size)
+    offsets: mx.array  # (B, K, S, D / group_size)
+    group_size: int
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, K, S, D)."""
+        batch, heads, length, words = self.packs.shape
+        return batch, heads, length, words * 32 // self.bits
+
+
+@dataclass(frozen=True)
 class Segment:
     """A run of stored keys and values; positions, not storage order, decide who sees whom."""
 
-    keys: mx.array  # (B, K, S, D)
-    values: mx.array  # (B, K, S, D)
+    keys: mx.array | PackedRows  # (B, K, S, D)
+    values: mx.array | PackedRows  # (B, K, S, D)
     positions: mx.array  # (B or 1, S) int32, -1 for an empty slot
     first: int  # lowest position in any row, known on the host
     last: int  # highest position in any row
     has_gaps: bool = False  # some slot is empty
+    window: int | None = None  # the cache's own limit, beside the layer's
 
 
 class KVHandle(Protocol):
