@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_edge import ops
-from mlx_edge.cache import KVCache, prepare_step
+from mlx_edge.cache import KVCache, RowFormat, prepare_step
+from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.weights import Checkpoint, LoadReport
+
+KEPT_PREFIX = 4  # positions that a cache of limited size never drops, as in mlx-lm
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,53 @@ class Decoder:
     checkpoint: Checkpoint  # kept, because mapped weights are views of its files
     load_report: LoadReport  # how the weights came here
 
-    def __call__(self, tokens: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:
-        """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it."""
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Sequence[KVCache] | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> mx.array:
+        """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it.
+
+        `lengths` says how many tokens of each row are real; the others are padding on the right, are not
+        stored, and have logits without meaning.
+        """
         if cache is None:
             cache = self.make_cache()
         batch_size, width = tokens.shape
         prepare_step(cache, width)
-        meta = ops.StepMeta.uniform(cache[0].offset, batch_size=batch_size, width=width)
+        starts = cache[0].offsets or (0,) * batch_size
+        meta = ops.StepMeta(starts, tuple(lengths or (width,) * batch_size), width)
         x = ops.embed(tokens, self.embedding)
         for layer, kv in zip(self.layers, cache, strict=True):
             x = ops.attention_block(x, layer.attention, kv, layer.rope, meta)
             x = ops.mlp_block(x, layer.mlp)
         return ops.head(x, self.head)
 
-    def make_cache(self, capacity: int = 0) -> list[KVCache]:
-        """An empty cache per layer, with room reserved for `capacity` positions."""
-        return [KVCache(capacity=capacity) for _ in self.layers]
+    def make_cache(
+        self,
+        capacity: int = 0,
+        *,
+        max_kv_size: int | None = None,
+        row_format: RowFormat | None = None,
+    ) -> list[KVCache]:
+        """An empty cache per layer, with room reserved for `capacity` positions.
+
+        A layer that sees a window keeps no more than that. `max_kv_size` limits the others too: to the first
+        KEPT_PREFIX positions and the newest. `row_format` says how rows are stored.
+
+        Raises: InvalidRequestError when `max_kv_size` leaves no room beside the kept prefix.
+        """
+        limit = None if max_kv_size is None else max_kv_size - KEPT_PREFIX
+        if limit is not None and limit < 1:
+            raise InvalidRequestError(
+                f"max_kv_size is {max_kv_size}, expected more than the {KEPT_PREFIX} positions always kept"
+            )
+
+        def make(window: int | None) -> KVCache:
+            if window is not None and (limit is None or window <= limit):
+                return KVCache(capacity=capacity, window=window, row_format=row_format)
+            return KVCache(capacity=capacity, window=limit, keep=KEPT_PREFIX, row_format=row_format)
+
+        return [make(layer.attention.window) for layer in self.layers]
