@@ -60,6 +60,8 @@ def imports(path: Path, *, at_top_only: bool = False) -> list[str]:
             continue
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "mlx_edge":
+            found += [f"mlx_edge.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.append(node.module)
     return [name for name in found if name == "mlx_edge" or name.startswith("mlx_edge.")]

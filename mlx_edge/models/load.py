@@ -51,7 +51,7 @@ def load(
     `lazy` leaves the weights to be brought in by the first step; `return_config` adds the configuration.
 
     Raises: ModelFormatError for a folder that is missing or broken, UnsupportedModelError for a model that
-    needs mathematics which are not here.
+    needs mathematics which are not here, InvalidRequestError for a name or revision that does not exist.
     """
     notice = missing_native_part()
     if notice:
