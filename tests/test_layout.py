@@ -26,10 +26,11 @@ FLOORS = {
     "calibration": 5,
     "engine": 5,
     "serving": 6,
-    "command": 7,
+    "command": 6,
     "generate": 7,
     "__main__": 7,
 }
+GROUND = {"errors", "runtime"}  # everything stands on them
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "bench").glob("*.py")])
 
@@ -121,7 +122,8 @@ def test_no_import_goes_up_a_floor(path: Path) -> None:
     for name in imports(path):
         other = room(name)
         assert other, f"{path.name} imports the package itself"
-        assert own == other or FLOORS[other] < FLOORS[own] or own == "__main__", name
+        is_own = own == other or own == "__main__"
+        assert is_own or other in GROUND or FLOORS[other] < FLOORS[own], name
 
 
 def test_no_import_cycle() -> None:

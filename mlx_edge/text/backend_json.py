@@ -40,6 +40,7 @@ class JsonBackend:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            self._tokenizer.encode("")  # a post-processor of unknown tokens panics only now
         for token in (*config.added_tokens, *config.named_tokens.values()):
             self._add(token, path)
         added = self._tokenizer.get_added_tokens_decoder()

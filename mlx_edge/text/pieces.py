@@ -5,8 +5,8 @@ text, but for one thing: where a run of byte pieces is not UTF-8 the library mar
 run, and nothing of the run could be shown before its end. Here characters in it stay and only bad
 bytes are marked, as sentencepiece does.
 
-Deliberately knows no ids: pieces are strings here (only `NeighbourReader`, which asks the library,
-speaks of ids).
+A text is then read by a `PieceStream`, or for other decoders by a `NeighbourReader`. Deliberately
+knows no vocabulary and no library: both are handed in as functions.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Recipe:
     """How pieces become bytes: what one says by itself, and what the start of a text takes away."""
 
     piece_bytes: Callable[[str], bytes]
-    num_stripped_spaces: int = 0  # leading spaces that the text loses
-    first_loses: str = ""  # a mark that the first piece loses wherever it stands
+    num_stripped_spaces: int = 0  # leading spaces that the text loses at most
+    first_loses: str = ""  # a mark that the first piece loses wherever it is in the piece
     bytes_run_alone: bool = False  # byte pieces: every bad byte is marked by itself
 
 

@@ -20,9 +20,10 @@ from mlx_edge.text.detokenizer import StreamingDetokenizer
 from mlx_edge.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 # Arguments of transformers' apply_chat_template that are no variables of a template.
-_REFUSED_ARGUMENTS = frozenset(
-    ("continue_final_message", "max_length", "padding", "return_assistant_tokens_mask")
-) | frozenset(("return_dict", "return_tensors", "tokenizer_kwargs", "truncation"))
+_REFUSED_ARGUMENTS = {
+    *("continue_final_message", "max_length", "padding", "return_assistant_tokens_mask"),
+    *("return_dict", "return_tensors", "tokenizer_kwargs", "truncation"),
+}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

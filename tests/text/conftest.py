@@ -148,11 +148,15 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         folder.mkdir()
         for key, content in files.items():
             stem, _, suffix = key.rpartition("_")
-            if isinstance(content, Tokenizer):
-                content = content.to_str()
-            elif not isinstance(content, str | bytes):
-                content = json.dumps(content)
-            data = content if isinstance(content, bytes) else content.encode()
+            match content:
+                case bytes():
+                    data = content
+                case str():
+                    data = content.encode()
+                case Tokenizer():
+                    data = content.to_str().encode()
+                case _:
+                    data = json.dumps(content).encode()
             (folder / f"{stem}.{suffix}").write_bytes(data)
         return folder
 

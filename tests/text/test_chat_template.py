@@ -64,7 +64,7 @@ def test_dates_and_absent_tools():
 
 def test_a_template_can_refuse():
     source = "{{ raise_exception('roles must\nalternate') }}"
-    with pytest.raises(InvalidRequestError, match="refuses these messages: roles must alternate$"):
+    with pytest.raises(InvalidRequestError, match=r"refuses these messages: roles must alternate$"):
         render(source)
 
 
@@ -89,14 +89,16 @@ def test_whatever_goes_wrong_inside_is_one_line(source):
 
 @pytest.mark.parametrize(
     "source",
-    ["{% if %}", "{{", "{% nothing %}", "{% for a in b %}" * 30 + "{% endfor %}" * 30, "(" * 3]
-    + ["{{ " + "(" * 3000 + ")" * 3000 + " }}"],
-    ids=["if", "brace", "tag", "nested", "text", "deep"],
+    [
+        "{% if %}",
+        "{{",
+        "{% nothing %}",
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+        "{{ " + "(" * 3000 + ")" * 3000 + " }}",
+    ],
+    ids=["if", "brace", "tag", "nested", "deep"],
 )
 def test_a_template_that_is_no_template(source):
-    if source == "(((":
-        assert render(source) == source
-        return
     with pytest.raises(ModelFormatError, match="is not valid Jinja") as caught:
         render(source)
     assert "\n" not in str(caught.value)

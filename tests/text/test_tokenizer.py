@@ -135,6 +135,12 @@ class TestSentencePiece:
         assert [index == 400 for index in ids].count(True) == 1
         assert ids[-1] == 400
 
+    def test_the_longest_special_token_wins(self, load):
+        contents = ["<a", "<a>", "<a>>"]
+        added = {str(400 + rank): {"content": text} for rank, text in enumerate(contents)}
+        tokenizer = load(added_tokens_decoder=added)
+        assert tokenizer.encode("<a>><a><a", add_special_tokens=False) == [402, 401, 400]
+
     def test_spaces_behind_special_tokens_survive_a_normalizer_that_drops_them(self, make_folder):
         model = conftest.train_sentencepiece(remove_extra_whitespaces=True)
         tokenizer = load_tokenizer(make_folder(tokenizer_model=model))
@@ -142,7 +148,7 @@ class TestSentencePiece:
             assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
     def test_a_token_whose_id_contradicts_is_refused(self, load):
-        with pytest.raises(ModelFormatError, match="'<tool>' the id 7, but in .* it is 4"):
+        with pytest.raises(ModelFormatError, match=r"'<tool>' the id 7, but in .* it is 4"):
             load(added_tokens_decoder={"7": {"content": "<tool>"}})
 
     def test_spaces_behind_words_are_refused(self, make_folder):
