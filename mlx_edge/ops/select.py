@@ -3,7 +3,7 @@
 A backend is a name, a test for this machine, and a table from op to implementation; an implementation says
 for which arguments it serves. They are asked in order, fastest first; the reference serves everything.
 `MLX_EDGE_OPS` or `use()` names one backend: then an op that it cannot run is an error, not a silent fallback,
-except for `reference`, which always can.
+except for `reference`, which always can. `observe()` lets a profiler stand around every call; nobody does by default.
 """
 
 import os
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Protocol
 
 from mlx_edge.errors import HardwareNotSupportedError, InvalidRequestError
 from mlx_edge.ops.reference import IMPLEMENTATIONS
@@ -72,7 +72,24 @@ REFERENCE = Backend(
 )
 BACKENDS: tuple[Backend, ...] = (REFERENCE,)  # fastest first; the reference is last
 
+
+class Observer(Protocol):
+    """What stands around op calls: it must call `compute` once and return what that returns."""
+
+    def __call__(
+        self,
+        op: str,
+        backend: str,
+        compute: Callable[[], Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run one call; `args` and `kwargs` are to be read only, `compute` has them already."""
+        ...
+
+
 _forced: ContextVar[str | None] = ContextVar("mlx_edge_ops", default=None)
+_observer: ContextVar[Observer | None] = ContextVar("mlx_edge_ops_observer", default=None)
 
 
 @cache
@@ -103,6 +120,16 @@ def use(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Let `observer` stand around every op call inside, in this thread; the innermost one alone is called."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
     """The backend that runs this call.
 
@@ -125,4 +152,9 @@ def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
 
 def run(op: str, *args: Any, **kwargs: Any) -> Any:
     """Compute the op with the chosen implementation."""
-    return choose(op, *args, **kwargs).backend.ops[op].run(*args, **kwargs)
+    backend = choose(op, *args, **kwargs).backend
+    compute = backend.ops[op].run
+    observer = _observer.get()
+    if observer is None:
+        return compute(*args, **kwargs)
+    return observer(op, backend.name, partial(compute, *args, **kwargs), args, kwargs)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 from mlx_edge import ops
 from mlx_edge.errors import HardwareNotSupportedError, InvalidRequestError
 from mlx_edge.ops import select
+from mlx_edge.ops.reference import IMPLEMENTATIONS
 from mlx_edge.ops.select import Backend, Implementation
 
 X = mx.ones((1, 2, 8))
@@ -93,3 +95,60 @@ def test_environment_names_a_backend(value: str, code: int) -> None:
     )
     assert found.returncode == code, found.stderr
     assert code == 0 or "MLX_EDGE_OPS asks for the backend 'vulkan'" in found.stderr
+
+
+class Recorder:
+    """An observer that notes what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, int, list[str]]] = []
+
+    def __call__(self, op: str, backend: str, compute: Any, args: Any, kwargs: Any) -> Any:
+        self.seen.append((op, backend, len(args), sorted(kwargs)))
+        return compute()
+
+
+@pytest.mark.usefixtures("with_fast")
+def test_an_observer_sees_every_call_and_who_runs_it() -> None:
+    recorder = Recorder()
+    with select.observe(recorder):
+        fast_y = ops.rms_norm(X, NORM)
+        with ops.reference():
+            y = ops.rms_norm(X, NORM)
+        run_keywords = select.run("glu", X, up=X, activation="silu")
+    ops.rms_norm(X, NORM)
+    assert recorder.seen == [
+        ("rms_norm", "fast", 2, []),
+        ("rms_norm", "reference", 2, []),
+        ("glu", "reference", 1, ["activation", "up"]),
+    ]
+    assert fast_y.tolist() == (X * 0 + 42).tolist()
+    assert y.tolist() == IMPLEMENTATIONS["rms_norm"](X, NORM).tolist()
+    assert run_keywords.shape == X.shape
+
+
+def test_the_innermost_observer_alone_is_called_and_leaves_with_an_error() -> None:
+    outer, inner = Recorder(), Recorder()
+    with select.observe(outer):
+        with pytest.raises(ValueError, match="mid-run"), select.observe(inner):
+            ops.rms_norm(X, NORM)
+            raise ValueError("mid-run")
+        ops.glu(X, X, "silu")
+    assert [call[0] for call in inner.seen] == ["rms_norm"]
+    assert [call[0] for call in outer.seen] == ["glu"]
+
+
+def test_another_thread_is_not_observed() -> None:
+    recorder = Recorder()
+    with select.observe(recorder), ThreadPoolExecutor(1) as pool:
+        pool.submit(ops.choose, "rms_norm", X, NORM).result()
+        pool.submit(lambda: select.run("rms_norm", X, NORM) is None).result()
+    assert recorder.seen == []
+
+
+def test_unobserved_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("built for an observer that is not there")
+
+    monkeypatch.setattr(select, "partial", fail)
+    assert ops.rms_norm(X, NORM).shape == X.shape
