@@ -42,14 +42,18 @@ class KVCache:
         window: int | None = None,
         keep: int = 0,
         row_format: RowFormat | None = None,
+        float_until: int = 0,
     ) -> None:
         """Room for `capacity` positions is allocated at once; `window` is how many a query sees, the first `keep`
-        not counted."""
+        not counted; rows are floats until `float_until` positions are stored, then in `row_format`."""
         self.window = window
         self.keep = keep if window is not None else 0
         self.num_growths = 0  # how often the body was re-allocated because it was too short
         self._capacity = capacity
-        self.row_format: RowFormat = row_format or FloatRows()
+        # Rows stay floats until `float_until` positions are stored; then all take the format at once.
+        self._wanted_format = row_format or FloatRows()
+        self._float_until = float_until
+        self.row_format: RowFormat = FloatRows() if float_until else self._wanted_format
         # Beside the window's past, as much as one merge may overwrite while older queries still run.
         self._ring = None if window is None else -(-(window - 1) // TAIL) * TAIL + TAIL
         self._offsets: tuple[int, ...] = ()  # positions stored, per row of the batch
@@ -79,6 +83,14 @@ class KVCache:
         """Bytes reserved."""
         return sum(a.nbytes for a in self.arrays)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the positions held: what one step of attention reads."""
+        per_position = sum(p.nbytes // (p.shape[1] * TAIL) for p in self._tail)
+        limit = None if self._ring is None else self._ring + TAIL + self.keep
+        held = (o if limit is None else min(o, limit) for o in self._offsets)
+        return per_position * sum(held)
+
     def reserve(self, capacity: int) -> None:
         """Let the body hold `capacity` positions, as far as its window goes, when it is next allocated or grown."""
         self._capacity = max(self._capacity, capacity)
@@ -100,12 +112,13 @@ class KVCache:
             raise InvalidRequestError(
                 f"a step of rows from positions {meta.starts} does not follow the {offsets} that are stored"
             )
-        new = self.row_format.encode(mx.stack([keys, values]))
         self._offsets = offsets
+        self._flush()
+        self._convert()
+        new = self.row_format.encode(mx.stack([keys, values]))
         if not self._tail:
             self._tail = make_room(new, TAIL)
             self._prefix = make_room(new, self.keep) if self.keep else ()
-        self._flush()
         ends = tuple(s + n for s, n in zip(meta.starts, meta.lengths, strict=True))
         chunk = Chunk(new, meta.starts, ends)
         self._store_prefix(chunk)
@@ -121,6 +134,17 @@ class KVCache:
         if self._chunk is not None:
             chunk, self._chunk = self._chunk, None
             self._store(chunk)
+
+    def _convert(self) -> None:
+        """Give all rows the wanted format, once enough of them are stored."""
+        wanted = self._wanted_format
+        if self.row_format == wanted or self.offset < self._float_until:
+            return
+        self.row_format = wanted
+        self._body, self._tail, self._prefix = (
+            wanted.encode(planes[0]) if planes else ()
+            for planes in (self._body, self._tail, self._prefix)
+        )
 
     def _store(self, chunk: Chunk) -> None:
         """Write a chunk into the tail, and what fills whole tails into the body."""

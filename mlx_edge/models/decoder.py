@@ -68,11 +68,12 @@ class Decoder:
         *,
         max_kv_size: int | None = None,
         row_format: RowFormat | None = None,
+        float_until: int = 0,
     ) -> list[KVCache]:
         """An empty cache per layer, with room reserved for `capacity` positions.
 
         A layer that sees a window keeps no more than that. `max_kv_size` limits the others too: to the first
-        KEPT_PREFIX positions and the newest. `row_format` says how rows are stored.
+        KEPT_PREFIX positions and the newest. `row_format` says how rows are stored once there are `float_until` of them.
 
         Raises: InvalidRequestError when `max_kv_size` leaves no room beside the kept prefix.
         """
@@ -83,8 +84,13 @@ class Decoder:
             )
 
         def make(window: int | None) -> KVCache:
-            if window is not None and (limit is None or window <= limit):
-                return KVCache(capacity=capacity, window=window, row_format=row_format)
-            return KVCache(capacity=capacity, window=limit, keep=KEPT_PREFIX, row_format=row_format)
+            is_limited = limit is not None and (window is None or window > limit)
+            return KVCache(
+                capacity=capacity,
+                window=limit if is_limited else window,
+                keep=KEPT_PREFIX if is_limited else 0,
+                row_format=row_format,
+                float_until=float_until,
+            )
 
         return [make(layer.attention.window) for layer in self.layers]

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
-from mlx_edge.ops.select import choose, run, use
+from mlx_edge.ops.select import choose, observe, run, use
 from mlx_edge.ops.types import (
     Activation,
     AttentionWeights,
@@ -51,6 +51,7 @@ __all__ = [
     "head",
     "linear",
     "mlp_block",
+    "observe",
     "reference",
     "rms_norm",
     "rotate",

@@ -262,3 +262,21 @@ def test_no_step_copies_a_body_with_two_steps_in_flight(kind: str, num_layers: i
     mx.synchronize()
     taken = mx.get_peak_memory() - before
     assert taken < model.body_bytes() / 4
+
+
+@pytest.mark.parametrize("kind", [{}, {"window": 50, "keep": 4}], ids=["full", "window"])
+def test_rows_become_packed_where_asked(kind: dict[str, Any]) -> None:
+    packed = QuantizedRows(8, 32)
+    cache = KVCache(row_format=packed, float_until=70, **kind)
+    always = KVCache(row_format=packed, **kind)
+    for width in (33, 32, 1, 3, 1, 1, 40, 1):
+        was_float = cache.offset < 70
+        rows = [mx.random.normal((1, KV_HEADS, width, DIM)) for _ in range(2)]
+        q = mx.random.normal((1, HEADS, width, DIM))
+        meta = ops.StepMeta.uniform(cache.offset, batch_size=1, width=width)
+        found, wanted = (
+            ops.attention(q, c.extend(*rows, meta), meta, scale=SCALE) for c in (cache, always)
+        )
+        assert (cache.row_format != packed) == was_float
+        # Floats until then, the same packs from then on.
+        assert np.allclose(oracle.f64(found), oracle.f64(wanted), atol=0.05 if was_float else 1e-6)
