@@ -1,10 +1,25 @@
-"""`python -m mlx_edge.generate`: a prompt in, text out as it comes, then how fast it was."""
+"""`python -m mlx_edge.generate`: a prompt in, text out as it comes, then how fast it was.
 
+Reads flags and prints; the flags have the names that mlx_lm.generate gives them.
+"""
+
+import json
 import sys
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from mlx_edge.command import Parser, integer, number, run_command, truth
 from mlx_edge.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from mlx_edge.cache import KVCache
+    from mlx_edge.decoding.sampling import Sampler
+    from mlx_edge.decoding.stream import GenerationResponse
+    from mlx_edge.models.decoder import Decoder
+    from mlx_edge.profiler import Profiler
+    from mlx_edge.text import Tokenizer
 
 PROG = "mlx_edge.generate"
 DEFAULT_PROMPT = "Once upon a time"
@@ -12,13 +27,47 @@ MAX_PROMPT_BYTES = 1 << 26
 
 
 def make_parser() -> Parser:
-    """The flags, with the names that mlx_lm.generate gives them."""
+    """All flags."""
     parser = Parser(prog=PROG, description="Generate text with a language model.")
     add = parser.add_argument
     add("--model", default="pocket", help="a folder, a hub id (owner/name), or the bundled pocket")
     add("--revision", help="branch, tag or commit of a hub model")
     add("--prompt", "-p", default=DEFAULT_PROMPT, help='the prompt; "-" reads it from stdin')
+    add("--system-prompt", help="what the chat template says before the prompt")
+    add("--prefill-response", help="how the answer begins")
+    add("--ignore-chat-template", action="store_true", help="give the model the prompt as it is")
+    add(
+        "--chat-template-config",
+        help='variables of the template, as JSON: {"enable_thinking": false}',
+    )
     add("--max-tokens", "-m", type=integer(1), default=256, help="the most tokens to generate")
+    add("--stop", action="append", default=[], help="end before this text; may be given again")
+    add("--extra-eos-token", nargs="+", default=[], help="tokens that end the text as well")
+    add_sampling(parser)
+    add_memory(parser)
+    add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
+    add(
+        "--verbose",
+        type=truth,
+        nargs="?",
+        const=True,
+        default=True,
+        help="False prints nothing but the text",
+    )
+    add(
+        "--profile",
+        nargs="?",
+        const="phases",
+        choices=("phases", "ops"),
+        help="say where the time went; ops: for every op and layer too, which costs time itself",
+    )
+    add("--profile-out", help="write a trace for ui.perfetto.dev (with --profile)")
+    return parser
+
+
+def add_sampling(parser: Parser) -> None:
+    """The flags that choose a token."""
+    add = parser.add_argument
     add("--temp", type=number(0), default=0.0, help="temperature; 0 takes the likeliest token")
     add(
         "--top-p", type=number(0, 1), default=1.0, help="keep the likeliest of this total; 1 is off"
@@ -31,19 +80,28 @@ def make_parser() -> Parser:
     )
     add("--top-k", type=integer(0), default=0, help="keep this many of the likeliest; 0 is off")
     add("--min-tokens-to-keep", type=integer(1), default=1, help="what min-p keeps at least")
-    add("--seed", type=integer(0, 2**63), help="the same seed gives the same text")
-    add("--stop", action="append", default=[], help="end before this text; may be given again")
-    add("--ignore-chat-template", action="store_true", help="give the model the prompt as it is")
-    add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
+    add("--xtc-probability", type=number(0, 1), default=0.0, help="how often XTC applies; 0 is off")
     add(
-        "--verbose",
-        type=truth,
-        nargs="?",
-        const=True,
-        default=True,
-        help="False prints nothing but the text",
+        "--xtc-threshold",
+        type=number(0, 0.5),
+        default=0.1,
+        help="XTC drops all but the last above it",
     )
-    return parser
+    add("--seed", type=integer(0, 2**63), help="the same seed gives the same text")
+
+
+def add_memory(parser: Parser) -> None:
+    """The flags that say how much is remembered, and how."""
+    add = parser.add_argument
+    add("--max-kv-size", type=integer(5), help="remember the first 4 positions and the newest")
+    add("--kv-bits", type=integer(4, 8), help="store keys and values in 4 or 8 bits")
+    add("--kv-group-size", type=integer(32, 128), default=64, help="values that share a scale")
+    add(
+        "--quantized-kv-start",
+        type=integer(0),
+        default=5000,
+        help="positions stored as floats first",
+    )
 
 
 def read_prompt(text: str) -> str:
@@ -59,38 +117,154 @@ def read_prompt(text: str) -> str:
         raise InvalidRequestError(f"the prompt on stdin is not UTF-8: {error.reason}") from None
 
 
-def generate_text(args: Namespace) -> None:
-    """Load the model, generate, and print."""
-    # Imported here, so that a wrong flag or --help is answered at once.
-    from mlx_edge.decoding.sampling import make_sampler
-    from mlx_edge.decoding.stream import describe, stream_generate
-    from mlx_edge.models.load import load
+def read_template_config(text: str | None) -> dict[str, Any]:
+    """The variables of --chat-template-config."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"--chat-template-config is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError('--chat-template-config must be an object: {"name": value}')
+    return value
 
+
+def encode_request(tokenizer: "Tokenizer", args: Namespace) -> list[int]:
+    """The tokens of the prompt, written as the chat template says where there is one."""
     prompt = read_prompt(args.prompt)
-    sampler = make_sampler(
-        args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, args.top_k, seed=args.seed
+    beginning = args.prefill_response or ""
+    variables = read_template_config(args.chat_template_config)
+    if not tokenizer.has_chat_template or args.ignore_chat_template:
+        if args.system_prompt is not None or variables:
+            raise InvalidRequestError(
+                "--system-prompt and --chat-template-config need a chat template, and none is used"
+            )
+        return tokenizer.encode(prompt + beginning)
+    messages = [{"role": "user", "content": prompt}]
+    if args.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    text = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **variables
     )
-    model, tokenizer = load(args.model, revision=args.revision)
-    given: str | list[int] = prompt
-    if tokenizer.has_chat_template and not args.ignore_chat_template:
-        message = {"role": "user", "content": prompt}
-        given = tokenizer.apply_chat_template([message], add_generation_prompt=True)
-    responses = stream_generate(
-        model,
-        tokenizer,
-        given,
-        args.max_tokens,
-        stop=args.stop,
-        sampler=sampler,
-        prefill_step_size=args.prefill_step_size,
+    return tokenizer.encode(f"{text}{beginning}", add_special_tokens=False)
+
+
+def make_cache(model: "Decoder", args: Namespace) -> "list[KVCache]":
+    """The cache that the flags ask for."""
+    from mlx_edge.cache import QuantizedRows
+
+    if args.kv_bits is None:
+        return model.make_cache(max_kv_size=args.max_kv_size)
+    return model.make_cache(
+        max_kv_size=args.max_kv_size,
+        row_format=QuantizedRows(args.kv_bits, args.kv_group_size),
+        float_until=args.quantized_kv_start,
     )
+
+
+class Run:
+    """A loaded model and the request of the flags; every `stream` is the same generation anew."""
+
+    def __init__(self, args: Namespace, watch: "Profiler") -> None:
+        """Load and encode; wrong values are said before anything is loaded."""
+        self.args = args
+        with watch.phase("load"):
+            # Imported here, so that a wrong flag or --help is answered at once.
+            from mlx_edge.models.load import load
+
+            self.make_sampler()
+            self.model, self.tokenizer = load(args.model, revision=args.revision)
+            for token in args.extra_eos_token:
+                self.tokenizer.add_eos_token(token)
+        with watch.phase("tokenise"):
+            self.tokens = encode_request(self.tokenizer, args)
+
+    def make_sampler(self) -> "Sampler":
+        """A new sampler: a seeded one has a state."""
+        from mlx_edge.decoding.sampling import make_sampler
+
+        args = self.args
+        return make_sampler(
+            args.temp,
+            args.top_p,
+            args.min_p,
+            args.min_tokens_to_keep,
+            args.top_k,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            seed=args.seed,
+        )
+
+    def stream(
+        self,
+        *,
+        max_tokens: int | None = None,
+        tokenizer: "Tokenizer | None" = None,
+        sampler: "Sampler | None" = None,
+    ) -> Iterator["GenerationResponse"]:
+        """The responses; tokenizer and sampler may be stand-ins that watch."""
+        from mlx_edge.decoding.stream import stream_generate
+
+        return stream_generate(
+            self.model,
+            tokenizer or self.tokenizer,
+            self.tokens,
+            max_tokens or self.args.max_tokens,
+            stop=self.args.stop,
+            sampler=sampler or self.make_sampler(),
+            prompt_cache=make_cache(self.model, self.args),
+            prefill_step_size=self.args.prefill_step_size,
+        )
+
+
+def print_stream(run: Run, responses: Iterable["GenerationResponse"]) -> None:
+    """Print the text as it comes, then the closing lines."""
+    from mlx_edge.decoding.stream import describe
+
     for response in responses:
-        if args.verbose and response.generation_tokens == 1:
+        if run.args.verbose and response.generation_tokens == 1:
             print("=" * 10)
         print(response.text, end="", flush=True)
     print()
-    if args.verbose:
-        print(f"{'=' * 10}\n{describe(response)}\nLoaded: {model.load_report}")
+    if run.args.verbose:
+        print(f"{'=' * 10}\n{describe(response)}\nLoaded: {run.model.load_report}")
+
+
+def print_profiled(run: Run, watch: "Profiler") -> None:
+    """The same, watched; then where the time went, and what watching cost."""
+    from mlx_edge import profiler
+    from mlx_edge.ops import observe
+
+    args = run.args
+    with watch.phase("warm-up"):  # its own row, so that nothing cold lands in the prefill
+        for _ in run.stream(max_tokens=2):
+            pass
+    phases = profiler.Phases(watch)
+    ops = profiler.OpProfile(watch) if args.profile == "ops" else None
+    watched = run.stream(
+        tokenizer=phases.tokenizer(run.tokenizer), sampler=phases.sampler(run.make_sampler())
+    )
+    with observe(ops) if ops else nullcontext():
+        print_stream(run, phases.steps(watched))
+    cost = phases.compare(run.stream())
+    roof = profiler.machine_bandwidth() if ops else None  # last, because it raises the peaks
+    report = profiler.make_report(watch, ops=ops, bandwidth=roof, cost=cost)
+    print(profiler.format_report(report))
+    if args.profile_out:
+        watch.dump_trace(args.profile_out)
+
+
+def generate_text(args: Namespace) -> None:
+    """Load the model, generate, and print."""
+    from mlx_edge.profiler import Profiler
+
+    if args.profile_out and not args.profile:
+        raise InvalidRequestError("--profile-out needs --profile")
+    watch = Profiler(is_on=args.profile is not None)
+    run = Run(args, watch)
+    if watch.is_on:
+        print_profiled(run, watch)
+    else:
+        print_stream(run, run.stream())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -80,6 +80,52 @@ def test_without_the_chat_template_the_prompt_is_continued(run: Run) -> None:
     assert text.strip()
 
 
+def test_the_answer_begins_as_told(run: Run) -> None:
+    arguments = ("--prompt", "open the maps app", "--verbose", "False")
+    whole = run(*arguments).strip()
+    assert run(*arguments, "--prefill-response", whole[:9]).strip() == whole[9:]
+
+
+def test_extra_end_tokens_end_the_text(run: Run) -> None:
+    from mlx_edge.text import load_tokenizer
+
+    whole = run("--verbose", "False", "--max-tokens", "30")
+    tokenizer = load_tokenizer(POCKET)
+    last = tokenizer.id_to_token(tokenizer.encode(whole.strip(), add_special_tokens=False)[-1])
+    assert last is not None
+    shorter = run("--verbose", "False", "--max-tokens", "30", "--extra-eos-token", last)
+    assert len(shorter) < len(whole) and whole.startswith(shorter.strip())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--max-kv-size", "300"),
+        ("--kv-bits", "8", "--quantized-kv-start", "1000"),
+    ],
+    ids=["window beyond the text", "packed after the text"],
+)
+def test_memory_flags_that_do_not_bite_change_nothing(run: Run, flags: tuple[str, ...]) -> None:
+    arguments = ("--verbose", "False", "--max-tokens", "40")
+    assert run(*arguments, *flags) == run(*arguments)
+
+
+def test_memory_flags_that_bite_still_write(run: Run) -> None:
+    flags = ("--kv-bits", "4", "--kv-group-size", "32", "--quantized-kv-start", "0")
+    assert run("--verbose", "False", "--max-tokens", "60", "--max-kv-size", "24", *flags).strip()
+
+
+@pytest.mark.parametrize("level", ["phases", "ops"])
+def test_profile_says_where_the_time_went(run: Run, tmp_path: Path, level: str) -> None:
+    trace = tmp_path / "trace.json"
+    text = run("--max-tokens", "5", "--profile", level, "--profile-out", str(trace))
+    for phase in ("load", "tokenise", "prefill", "decode", "sample", "detokenise"):
+        assert f"\n{phase} " in text
+    assert "Cost of observing: " in text
+    assert ("\nattention_block " in text) == (level == "ops")
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
 def test_prompt_from_stdin() -> None:
     command = [
         sys.executable,
@@ -137,7 +183,16 @@ def test_interrupt_is_quiet() -> None:
         (["--stop", ""], "stop"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--max-tok", "5"], "--max-tok"),
-        (["--kv-bits", "4"], "--kv-bits"),
+        (["--kv-bits", "5"], "5 bits in groups of 64; expected bits of 4 or 8"),
+        (["--kv-bits", "4", "--kv-group-size", "128"], "heads of 64 do not divide"),
+        (["--max-kv-size", "4"], "'4' is not a whole number from 5"),
+        (["--xtc-probability", "2"], "'2' is not a number from 0 to 1"),
+        (["--chat-template-config", "[1]"], "must be an object"),
+        (["--chat-template-config", "{"], "is not JSON"),
+        (["--system-prompt", "x", "--ignore-chat-template"], "need a chat template"),
+        (["--extra-eos-token", "no such token"], "is no token of this vocabulary"),
+        (["--profile-out", "x.json"], "needs --profile"),
+        (["--draft-model", "pocket-draft"], "--draft-model"),
         (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--model", ""], "no such folder"),
         (["--model", str(POCKET / "config.json")], "is a file"),
