@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_edge.command import Parser, integer, number, run_command, truth
@@ -15,6 +16,7 @@ from mlx_edge.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from mlx_edge.cache import KVCache
+    from mlx_edge.decoding.constraints import Constraint
     from mlx_edge.decoding.sampling import Sampler
     from mlx_edge.decoding.stream import GenerationResponse
     from mlx_edge.models.decoder import Decoder
@@ -44,6 +46,7 @@ def make_parser() -> Parser:
     add("--stop", action="append", default=[], help="end before this text; may be given again")
     add("--extra-eos-token", nargs="+", default=[], help="tokens that end the text as well")
     add_sampling(parser)
+    add_grammar(parser)
     add_memory(parser)
     add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
     add(
@@ -88,6 +91,38 @@ def add_sampling(parser: Parser) -> None:
         help="XTC drops all but the last above it",
     )
     add("--seed", type=integer(0, 2**63), help="the same seed gives the same text")
+
+
+def add_grammar(parser: Parser) -> None:
+    """The flags that say what the text must look like; they need the extra `grammar`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--json-schema", help="write JSON that this schema allows: a file, or the schema"
+    )
+    group.add_argument("--regex", help="write a text that this regular expression matches")
+    group.add_argument("--lark", help="write a text of this Lark grammar: a file, or the grammar")
+
+
+def read_text_or_file(value: str) -> str:
+    """The content of the file of that name, or the value itself where there is none."""
+    path = Path(value)
+    try:
+        return path.read_text("utf-8") if len(value) < 4096 and path.is_file() else value
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"{value} cannot be read: {error}") from None
+
+
+def make_constraint(tokenizer: "Tokenizer", args: Namespace) -> "Constraint | None":
+    """A new constraint at the start of a text, if the flags ask for one."""
+    if args.json_schema is None and args.regex is None and args.lark is None:
+        return None
+    from mlx_edge.decoding.constraints import make_constraint as make
+
+    if args.json_schema is not None:
+        return make(tokenizer, json_schema=read_text_or_file(args.json_schema))
+    if args.lark is not None:
+        return make(tokenizer, lark=read_text_or_file(args.lark))
+    return make(tokenizer, regex=args.regex)
 
 
 def add_memory(parser: Parser) -> None:
@@ -171,18 +206,21 @@ class Run:
             # Imported here, so that a wrong flag or --help is answered at once.
             from mlx_edge.models.load import load
 
-            self.make_sampler()
+            self.make_sampler(special_tokens=())
             self.model, self.tokenizer = load(args.model, revision=args.revision)
             for token in args.extra_eos_token:
                 self.tokenizer.add_eos_token(token)
         with watch.phase("tokenise"):
             self.tokens = encode_request(self.tokenizer, args)
 
-    def make_sampler(self) -> "Sampler":
-        """A new sampler: a seeded one has a state."""
+    def make_sampler(self, special_tokens: "Iterable[int] | None" = None) -> "Sampler":
+        """A new sampler: a seeded one has a state. XTC never drops the special tokens, by default ends and newline."""
         from mlx_edge.decoding.sampling import make_sampler
 
         args = self.args
+        if special_tokens is None:
+            newline = self.tokenizer.encode("\n", add_special_tokens=False)
+            special_tokens = {*self.tokenizer.eos_token_ids, *newline}
         return make_sampler(
             args.temp,
             args.top_p,
@@ -191,6 +229,7 @@ class Run:
             args.top_k,
             xtc_probability=args.xtc_probability,
             xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=sorted(special_tokens),
             seed=args.seed,
         )
 
@@ -211,6 +250,7 @@ class Run:
             max_tokens or self.args.max_tokens,
             stop=self.args.stop,
             sampler=sampler or self.make_sampler(),
+            constraint=make_constraint(self.tokenizer, self.args),
             prompt_cache=make_cache(self.model, self.args),
             prefill_step_size=self.args.prefill_step_size,
         )

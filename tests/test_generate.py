@@ -115,6 +115,18 @@ def test_memory_flags_that_bite_still_write(run: Run) -> None:
     assert run("--verbose", "False", "--max-tokens", "60", "--max-kv-size", "24", *flags).strip()
 
 
+def test_text_follows_a_grammar(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"n": {"enum": [7, 8]}}, "required": ["n"], '
+        '"additionalProperties": false}'
+    )
+    assert json.loads(run("--verbose", "False", "--json-schema", str(schema)))["n"] in (7, 8)
+    assert run("--verbose", "False", "--regex", "(yes|no)!").strip() in ("yes!", "no!")
+    assert run("--verbose", "False", "--lark", 'start: "a" "b"').strip() == "ab"
+
+
 @pytest.mark.parametrize("level", ["phases", "ops"])
 def test_profile_says_where_the_time_went(run: Run, tmp_path: Path, level: str) -> None:
     trace = tmp_path / "trace.json"
@@ -184,7 +196,10 @@ def test_interrupt_is_quiet() -> None:
         (["--no-such-flag"], "--no-such-flag"),
         (["--max-tok", "5"], "--max-tok"),
         (["--kv-bits", "5"], "5 bits in groups of 64; expected bits of 4 or 8"),
-        (["--kv-bits", "4", "--kv-group-size", "128"], "heads of 64 do not divide"),
+        (
+            ["--kv-bits", "4", "--kv-group-size", "128", "--quantized-kv-start", "0"],
+            "heads of 64 do not divide",
+        ),
         (["--max-kv-size", "4"], "'4' is not a whole number from 5"),
         (["--xtc-probability", "2"], "'2' is not a number from 0 to 1"),
         (["--chat-template-config", "[1]"], "must be an object"),
@@ -192,6 +207,10 @@ def test_interrupt_is_quiet() -> None:
         (["--system-prompt", "x", "--ignore-chat-template"], "need a chat template"),
         (["--extra-eos-token", "no such token"], "is no token of this vocabulary"),
         (["--profile-out", "x.json"], "needs --profile"),
+        (["--regex", "a", "--lark", "b"], "not allowed with"),
+        (["--regex", "("], "regex"),
+        (["--json-schema", "{"], "JSON"),
+        (["--json-schema", '{"type": "nothing"}'], "schema"),
         (["--draft-model", "pocket-draft"], "--draft-model"),
         (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--model", ""], "no such folder"),

@@ -122,7 +122,7 @@ def test_no_import_goes_up_a_floor(path: Path) -> None:
     for name in imports(path):
         other = room(name)
         assert other, f"{path.name} imports the package itself"
-        is_own = own == other or own == "__main__"
+        is_own = own in {other, "__main__"}
         assert is_own or other in GROUND or FLOORS[other] < FLOORS[own], name
 
 

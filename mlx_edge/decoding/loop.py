@@ -1,22 +1,28 @@
 """The generation loop: prefill in chunks, then one token after another with the next step in flight.
 
+A constraint needs each token before it can say what may follow: then the next forward pass alone is in flight,
+and the mask is made on the host while it runs.
+
 Works on token ids only; text, stop strings and timing are `stream.py`'s. This loop is the oracle of the
 batched engine: the same greedy tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_edge.cache import KVCache
+from mlx_edge.decoding.constraints import Constraint
+from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Decoder
 
-LogitsProcessor = Callable[
-    [mx.array, mx.array], mx.array
-]  # (tokens so far, logits (1, V)) -> logits
 PREFILL_STEP_SIZE = 2048
+Step = tuple[mx.array, mx.array]  # token (1,), log-probabilities (V,)
 RESERVED = 8192  # positions: beyond the prompt, a cache is not allocated further ahead than this
 
 
@@ -27,49 +33,117 @@ def generate_step(
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
+    constraint: Constraint | None = None,
     prompt_cache: Sequence[KVCache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
     """Yield (token, log-probabilities (V,)) pairs that follow the int32 prompt (L,), at most max_tokens.
 
-    Ends earlier only where the model's context ends. With a `prompt_cache` the prompt continues what it
-    holds. `prompt_progress_callback` is told (positions done, positions in all) during the prefill.
+    Ends earlier only where the model's context ends, or where a `constraint` lets nothing follow; the token
+    after which that is so is yielded. A constraint is applied after the processors: the log-probabilities
+    are those among the allowed tokens. With a `prompt_cache` the prompt continues what it holds.
+    `prompt_progress_callback` is told (positions done, positions in all) during the prefill.
 
-    Raises: InvalidRequestError for an empty prompt, one beyond the context, or a token outside the vocabulary.
+    Raises: InvalidRequestError for an empty prompt, one beyond the context, a token outside the vocabulary, or a
+    constraint that has ended or cannot be followed.
     """
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     max_tokens = allowed_tokens(prompt, model, cache, max_tokens)
     _check_positive("prefill_step_size", prefill_step_size)
+    if constraint is not None and constraint.is_finished:
+        raise InvalidRequestError("the constraint has ended; make a new one for each generation")
     for layer in cache:
         layer.reserve(layer.offset + prompt.size + min(max_tokens, RESERVED))
-    sampler = sampler or make_sampler()
-    seen = prompt if logits_processors else None
 
-    def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
-        nonlocal seen
-        logits = model(tokens[None], cache)[:, -1]  # (1, V)
-        if seen is not None:
-            for process in logits_processors:
-                logits = process(seen, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = sampler(logprobs)  # (1,)
-        if seen is not None:
-            seen = mx.concatenate([seen, token.astype(seen.dtype)])
-        mx.async_eval(token, logprobs)  # type: ignore[no-untyped-call]
-        return token, logprobs[0]
+    def forward(tokens: mx.array) -> mx.array:
+        return model(tokens[None], cache)[:, -1]  # (1, V)
 
+    choice = _Choice(sampler or make_sampler(), logits_processors, prompt)
     rest = _prefill(prompt, model, cache, prefill_step_size, prompt_progress_callback)
-    following = step(rest)
+    if constraint is None:
+        steps = _run_free(rest, forward, choice, max_tokens)
+    else:
+        steps = _run_constrained(rest, forward, choice, max_tokens, constraint)
+    for index, step in enumerate(steps):
+        if index == 0 and prompt_progress_callback is not None:
+            prompt_progress_callback(prompt.size, prompt.size)
+        yield step
+
+
+def _run_free(
+    rest: mx.array, forward: Callable[[mx.array], mx.array], choice: "_Choice", max_tokens: int
+) -> Iterator[tuple[int, mx.array]]:
+    """One token after another, the next step always in flight."""
+    following = choice.make(forward(rest))
     for index in range(max_tokens):
         token, logprobs = following
         if index + 1 < max_tokens:
-            following = step(token)
-        value = token.item()
-        if index == 0 and prompt_progress_callback is not None:
-            prompt_progress_callback(prompt.size, prompt.size)
-        assert isinstance(value, int)
+            following = choice.make(forward(token))
+        yield _value(token), logprobs
+
+
+def _run_constrained(
+    rest: mx.array,
+    forward: Callable[[mx.array], mx.array],
+    choice: "_Choice",
+    max_tokens: int,
+    constraint: Constraint,
+) -> Iterator[tuple[int, mx.array]]:
+    """One token after another, the mask of each made while its forward pass runs."""
+    logits = forward(rest)
+    mx.async_eval(logits)  # type: ignore[no-untyped-call]
+    for index in range(max_tokens):
+        allowed = _fit(constraint.mask(), logits.shape[-1])
+        token, logprobs = choice.make(logits, allowed)
+        value = _value(token)
+        constraint.advance(value)
+        is_last = constraint.is_finished or index + 1 == max_tokens
+        if not is_last:
+            logits = forward(token)
+            mx.async_eval(logits)  # type: ignore[no-untyped-call]
         yield value, logprobs
+        if is_last:
+            return
+
+
+@dataclass
+class _Choice:
+    """From logits to a token: processors, constraint, sampler; the tokens so far are kept for processors alone."""
+
+    sampler: Sampler
+    processors: Sequence[LogitsProcessor]
+    seen: mx.array  # int32 (L,)
+
+    def make(self, logits: mx.array, allowed: mx.array | None = None) -> Step:
+        """Start to compute the token that follows these logits (1, V), one of the `allowed` (V,)."""
+        for process in self.processors:
+            logits = process(self.seen, logits)
+        if allowed is not None:
+            logits = mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token = self.sampler(logprobs)  # (1,)
+        if self.processors:
+            self.seen = mx.concatenate([self.seen, token.astype(self.seen.dtype)])
+        mx.async_eval(token, logprobs)  # type: ignore[no-untyped-call]
+        return token, logprobs[0]
+
+
+def _value(token: mx.array) -> int:
+    value = token.item()
+    assert isinstance(value, int)
+    return value
+
+
+def _fit(mask: NDArray[np.bool_], vocab_size: int) -> mx.array:
+    """A tokenizer's mask over the model's vocabulary, which may be padded beyond it, or shorter."""
+    fitted = np.zeros(vocab_size, np.bool_)
+    fitted[: mask.size] = mask[:vocab_size]
+    if not fitted.any():
+        raise InvalidRequestError(
+            f"no token can follow: the constraint allows none of the model's {vocab_size} tokens"
+        )
+    return mx.array(fitted)
 
 
 def _prefill(

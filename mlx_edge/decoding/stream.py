@@ -11,12 +11,9 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mlx_edge.cache import KVCache
-from mlx_edge.decoding.loop import (
-    PREFILL_STEP_SIZE,
-    LogitsProcessor,
-    allowed_tokens,
-    generate_step,
-)
+from mlx_edge.decoding.constraints import Constraint
+from mlx_edge.decoding.loop import PREFILL_STEP_SIZE, allowed_tokens, generate_step
+from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Decoder
@@ -52,6 +49,7 @@ def stream_generate(
     stop: Sequence[str] = (),
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
+    constraint: Constraint | None = None,
     prompt_cache: Sequence[KVCache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -59,7 +57,8 @@ def stream_generate(
     """Yield a response per token; the last one carries the finish reason.
 
     Ends at an end-of-sequence token, before a `stop` string (which is not part of the text, even where it
-    spans tokens), at `max_tokens`, or where the model's context ends. Never yields half a character.
+    spans tokens), where a `constraint` (a new one for each generation) lets nothing follow, at `max_tokens`, or
+    where the model's context ends. Never yields half a character, but for a text cut by `max_tokens`.
 
     Raises: InvalidRequestError for a prompt or an option that cannot be served.
     """
@@ -74,13 +73,15 @@ def stream_generate(
         max_tokens=limit,
         sampler=sampler,
         logits_processors=logits_processors,
+        constraint=constraint,
         prompt_cache=cache,
         prefill_step_size=prefill_step_size,
         prompt_progress_callback=prompt_progress_callback,
     )
     for count, (token, logprobs) in enumerate(steps, start=1):
         clock.tick()
-        segment, finish = text.add(token, is_last=count == limit)
+        is_complete = constraint is not None and constraint.is_finished
+        segment, finish = text.add(token, is_complete=is_complete, is_last=count == limit)
         yield GenerationResponse(
             text=segment,
             token=token,
@@ -150,18 +151,21 @@ class _TextStream:
         self._detokenizer = tokenizer.detokenizer
         self._matcher = StopMatcher(stop)
 
-    def add(self, token: int, *, is_last: bool) -> tuple[str, FinishReason | None]:
+    def add(
+        self, token: int, *, is_complete: bool, is_last: bool
+    ) -> tuple[str, FinishReason | None]:
         """The text that may be shown now, and why the generation ends here, if it does."""
         is_end = token in self._ends
         if not is_end:
             self._detokenizer.add_token(token)
-        if is_end or is_last:
+        is_complete = is_complete or is_end
+        if is_complete or is_last:
             self._detokenizer.finalize()
         text, is_stopped = self._matcher.push(self._detokenizer.last_segment)
         if is_stopped:
             return text, "stop"
-        if is_end or is_last:
-            return text + self._matcher.flush(), "stop" if is_end else "length"
+        if is_complete or is_last:
+            return text + self._matcher.flush(), "stop" if is_complete else "length"
         return text, None
 
 

@@ -47,8 +47,8 @@ class Decoder:
     ) -> mx.array:
         """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it.
 
-        `lengths` says how many tokens of each row are real; the others are padding on the right, are not
-        stored, and have logits without meaning.
+        `lengths` says how many tokens of each row are real; the others are padding on the right, are not stored,
+        and have logits without meaning.
         """
         if cache is None:
             cache = self.make_cache()
@@ -73,7 +73,7 @@ class Decoder:
         """An empty cache per layer, with room reserved for `capacity` positions.
 
         A layer that sees a window keeps no more than that. `max_kv_size` limits the others too: to the first
-        KEPT_PREFIX positions and the newest. `row_format` says how rows are stored once there are `float_until` of them.
+        KEPT_PREFIX positions and the newest. `row_format` is how rows are stored once there are `float_until` of them.
 
         Raises: InvalidRequestError when `max_kv_size` leaves no room beside the kept prefix.
         """

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edge.errors import InvalidRequestError, ModelFormatError
-from mlx_edge.text.backend import Backend
+from mlx_edge.text.backend import Backend, PieceReader
 from mlx_edge.text.chat_template import ChatTemplate
 from mlx_edge.text.detokenizer import StreamingDetokenizer
 from mlx_edge.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
@@ -130,6 +130,10 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """Return the piece or added token of an id in the vocabulary's spelling, else None."""
         return self._backend.id_to_token(token_id)
+
+    def new_reader(self) -> PieceReader:
+        """Return a reader of the bytes that each token adds to a new text."""
+        return self._backend.new_reader()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`; special tokens written out in it always become single ids."""

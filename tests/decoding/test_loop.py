@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_edge.decoding.loop import generate_step
@@ -65,6 +66,75 @@ def test_processors_see_all_tokens_and_change_the_choice(model: Decoder) -> None
     assert len({*found}) == 20
     assert seen[0] == PROMPT.tolist()
     assert all(after[:-1] == before for before, after in pairwise(seen))
+
+
+class Scripted:
+    """A constraint that allows the same tokens at every step, and nothing after `length` of them."""
+
+    def __init__(self, allowed: list[int], length: int, vocab_size: int = 131) -> None:
+        self.allowed, self.length, self.vocab_size = allowed, length, vocab_size
+        self.taken: list[int] = []
+        self.events: list[str] = []
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.taken) == self.length
+
+    is_accepting = is_finished
+
+    def mask(self) -> Any:
+        self.events.append("mask")
+        mask = np.zeros(self.vocab_size, np.bool_)
+        mask[self.allowed] = True
+        return mask
+
+    def advance(self, token: int) -> None:
+        self.events.append("advance")
+        self.taken.append(token)
+
+    def rollback(self, num_tokens: int) -> None:
+        raise AssertionError("the loop takes nothing back")
+
+
+def test_a_constraint_that_allows_all_changes_no_token(model: Decoder) -> None:
+    found = tokens_of(model, max_tokens=30, constraint=Scripted(list(range(131)), 99))
+    assert found == tokens_of(model, max_tokens=30)
+
+
+def test_a_constraint_leaves_only_what_it_allows_and_ends_the_text(model: Decoder) -> None:
+    allowed = [3, 50, 51, 99]
+    constraint = Scripted(allowed, 7, vocab_size=100)  # a tokenizer smaller than the model's matrix
+    found = list(generate_step(PROMPT, model, max_tokens=30, constraint=constraint))
+    tokens = [token for token, _ in found]
+    assert constraint.taken == tokens and len(tokens) == 7
+    sequence = mx.concatenate([PROMPT, mx.array(tokens, dtype=mx.int32)])
+    rows = model(sequence[None])[0, PROMPT.size - 1 : -1]
+    best = mx.argmax(rows[:, mx.array(allowed)], axis=-1).tolist()
+    assert tokens == [allowed[index] for index in best]
+    for _, logprobs in found:
+        assert {*np.flatnonzero(np.isfinite(np.array(logprobs))).tolist()} == {*allowed}
+
+
+def test_masks_are_made_while_the_forward_pass_runs(model: Decoder) -> None:
+    constraint = Scripted([1, 2], 3)
+
+    class Recording:
+        config, make_cache = model.config, model.make_cache
+
+        def __call__(self, *args: Any) -> mx.array:
+            constraint.events.append("forward")
+            return model(*args)
+
+    recording: Any = Recording()
+    assert len(tokens_of(recording, constraint=constraint)) == 3
+    assert constraint.events == ["forward", "mask", "advance"] * 3
+
+
+def test_a_constraint_out_of_the_models_reach_is_an_error(model: Decoder) -> None:
+    with pytest.raises(InvalidRequestError, match="none of the model's 131 tokens"):
+        tokens_of(model, constraint=Scripted([131, 140], 3, vocab_size=150))
+    with pytest.raises(InvalidRequestError, match="the constraint has ended"):
+        tokens_of(model, constraint=Scripted([1], 0))
 
 
 def test_progress_reaches_the_whole_prompt(model: Decoder) -> None:

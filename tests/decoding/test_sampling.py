@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_edge.decoding.sampling import keep_min_p, keep_top_k, keep_top_p, make_sampler
+from mlx_edge.decoding.sampling import (
+    exclude_top_choices,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    make_sampler,
+)
 from mlx_edge.errors import InvalidRequestError
 
 
@@ -41,6 +47,67 @@ def test_top_k_keeps_that_many(top_k: int, wanted: set[int]) -> None:
 
 def test_top_k_of_equals_keeps_the_first() -> None:
     assert kept(keep_top_k(mx.zeros((1, 6)), 2)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("threshold", "special", "wanted"),
+    [
+        (0.22, (), {0, 2, 3, 4}),  # 0.4 goes, 0.25 is the least likely above the threshold
+        (0.15, (), {0, 2, 4}),
+        (0.15, (1,), {0, 1, 2, 4}),
+        (0.45, (), {0, 1, 2, 3, 4}),  # none above
+        (0.3, (), {0, 1, 2, 3, 4}),  # one above
+        (0.0, (), {2}),
+    ],
+)
+def test_xtc_leaves_the_least_likely_of_the_top(
+    threshold: float, special: tuple[int, ...], wanted: set[int]
+) -> None:
+    assert kept(exclude_top_choices(logprobs_of(PROBABILITIES), threshold, special)) == wanted
+
+
+def test_xtc_keeps_equals() -> None:
+    assert kept(exclude_top_choices(logprobs_of([0.3, 0.3, 0.4]), 0.2)) == {0, 1}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_xtc_drops_what_mlx_lms_does() -> None:
+    from mlx_lm.sample_utils import apply_xtc
+
+    rng = np.random.default_rng(7)
+    for threshold in (0.02, 0.1, 0.3):
+        for special in ([], [2, 17]):
+            row = mx.array(rng.normal(0, 2, (1, 50)), dtype=mx.float32)
+            row = row - mx.logsumexp(row, axis=-1, keepdims=True)
+            wanted = apply_xtc(row, 1.0, threshold, special)
+            assert mx.array_equal(exclude_top_choices(row, threshold, special), wanted)
+
+
+def test_xtc_comes_as_often_as_asked_and_for_each_row_alone() -> None:
+    rows = mx.broadcast_to(logprobs_of([0.6, 0.4]), (4000, 2))
+    for probability in (0.0, 0.25, 1.0):
+        draws = make_sampler(1.0, xtc_probability=probability, seed=5)(rows)
+        wanted = 0.4 * (1 - probability) + probability  # the first goes, where it is used
+        assert abs(draws.mean().item() - wanted) < 0.04  # five standard errors
+
+
+def test_xtc_stands_between_min_p_and_top_k() -> None:
+    row = mx.broadcast_to(logprobs_of(PROBABILITIES), (300, 5))
+    # min-p leaves 1, 3, 4; XTC (all three above) leaves 4; top-k of 1 would have left 1.
+    sampler = make_sampler(1, min_p=0.5, top_k=1, xtc_probability=1, xtc_threshold=0.2, seed=1)
+    assert set(sampler(row).tolist()) == {4}
+
+
+def test_xtc_off_changes_no_seeded_draw() -> None:
+    rows = mx.zeros((50, 100))
+    plain, off = (make_sampler(1.0, seed=9, **o) for o in ({}, {"xtc_threshold": 0.3}))
+    assert plain(rows).tolist() == off(rows).tolist()
+
+
+def test_xtc_special_tokens_beyond_the_vocabulary_are_refused() -> None:
+    sampler = make_sampler(1.0, xtc_probability=1.0, xtc_special_tokens=[5])
+    with pytest.raises(InvalidRequestError, match="token 5; the vocabulary has 5"):
+        sampler(logprobs_of(PROBABILITIES))
 
 
 @settings(max_examples=40, deadline=None)
@@ -95,6 +162,11 @@ def test_draws_follow_the_tempered_distribution() -> None:
         {"temp": 1, "min_tokens_to_keep": 0},
         {"temp": 1, "top_k": -3},
         {"temp": 1, "seed": -1},
+        {"temp": 1, "xtc_probability": 1.1},
+        {"temp": 1, "xtc_probability": -0.1},
+        {"temp": 1, "xtc_threshold": 0.6},
+        {"temp": 0, "xtc_threshold": -0.1},
+        {"temp": 1, "xtc_special_tokens": [-1]},
     ],
     ids=str,
 )

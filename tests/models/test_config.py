@@ -164,10 +164,10 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-KEYS = st.sampled_from(
-    [*LLAMA, "rope_scaling", "rope_parameters", "quantization", "layer_types"]
-    + ["sliding_window", "use_sliding_window", "max_window_layers", "no_rope_layers"]
-)
+LISTS = ["layer_types", "no_rope_layers"]
+SWITCHES = ["sliding_window", "use_sliding_window", "max_window_layers", "no_rope_layer_interval"]
+NESTED = ["rope_scaling", "rope_parameters", "quantization"]
+KEYS = st.sampled_from([*LLAMA, *LISTS, *SWITCHES, *NESTED])
 
 
 @settings(max_examples=300, deadline=None)

@@ -35,7 +35,14 @@ def normal(*shape: int) -> mx.array:
     return mx.random.normal(shape)
 
 
-def make_linear(n: int, k: int, bits: int = 0, group_size: int = 64, has_bias: bool = False, mode: str = "affine"):
+def make_linear(
+    n: int,
+    k: int,
+    bits: int = 0,
+    group_size: int = 64,
+    has_bias: bool = False,
+    mode: str = "affine",
+):
     weight = normal(n, k) / k**0.5
     bias = normal(n) if has_bias else None
     if not bits:

@@ -1,0 +1,33 @@
+"""The README says what is so: its table is made from the results, its flags and commands exist."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from mlx_edge.generate import make_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_benchmark_table_is_made_from_the_results() -> None:
+    table = runpy.run_path(str(ROOT / "bench" / "table.py"))
+    assert table["replaced"](README) == README
+
+
+def test_flags_named_in_the_readme_exist() -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--editable"}
+    known = {flag for action in make_parser()._actions for flag in action.option_strings}
+    assert named <= known
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z]+)", README)) - {"it"}))
+def test_make_targets_named_in_the_readme_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_local_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
