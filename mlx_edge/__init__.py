@@ -22,6 +22,8 @@ from mlx_edge.errors import (
 )
 
 if TYPE_CHECKING:
+    from mlx_edge.decoding.batch import batch_generate as batch_generate
+    from mlx_edge.decoding.processors import make_logits_processors as make_logits_processors
     from mlx_edge.decoding.sampling import make_sampler as make_sampler
     from mlx_edge.decoding.stream import GenerationResponse as GenerationResponse
     from mlx_edge.decoding.stream import generate as generate
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GenerationResponse": "mlx_edge.decoding.stream",
+    "batch_generate": "mlx_edge.decoding.batch",
     "generate": "mlx_edge.decoding.stream",
     "load": "mlx_edge.models.load",
+    "make_logits_processors": "mlx_edge.decoding.processors",
     "make_sampler": "mlx_edge.decoding.sampling",
     "stream_generate": "mlx_edge.decoding.stream",
 }
@@ -47,8 +51,10 @@ __all__ = [
     "ModelFormatError",
     "UnsupportedModelError",
     "__version__",
+    "batch_generate",
     "generate",
     "load",
+    "make_logits_processors",
     "make_sampler",
     "stream_generate",
 ]

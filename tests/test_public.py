@@ -14,8 +14,10 @@ NAMES = {
     "ModelFormatError",
     "UnsupportedModelError",
     "__version__",
+    "batch_generate",
     "generate",
     "load",
+    "make_logits_processors",
     "make_sampler",
     "stream_generate",
 }
