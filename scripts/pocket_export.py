@@ -157,9 +157,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def export(
-    checkpoint: Path, config: PocketConfig, recipe: dict[str, Any], tokenizer: Path, out: Path
-) -> None:
+def export(checkpoint: Path, config: PocketConfig, tokenizer: Path, out: Path) -> None:
     """Write the model of a checkpoint, its tokenizer and its configuration into the folder `out`."""
     from safetensors.torch import save_file
 
@@ -176,4 +174,4 @@ def export(
     check_tokenizers(tokenizer, fast)
     fast.save(str(out / "tokenizer.json"))
     size = (out / "model.safetensors").stat().st_size
-    print(f"{recipe['name']}: {size} bytes of weights written", flush=True)
+    print(f"{out.name}: {size} bytes of weights written", flush=True)
