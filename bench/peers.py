@@ -101,7 +101,8 @@ def main() -> None:
         "versions": {name: version(name) for name in ("mlx-edge", "mlx", "mlx-lm")},
         "rounds": args.rounds,
         "largest_process_mb": round(
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            / (1e6 if sys.platform == "darwin" else 1e3)
         ),
         "pairs": pairs,
     }
