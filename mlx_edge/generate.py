@@ -3,23 +3,27 @@
 Reads flags and prints; the flags have the names that mlx_lm.generate gives them.
 """
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlx_edge.command import Parser, integer, number, run_command, truth
+from mlx_edge.command import Parser, integer, run_command, truth
 from mlx_edge.errors import InvalidRequestError
+from mlx_edge.options import (
+    add_memory,
+    add_sampling,
+    make_cache,
+    make_sampler,
+    read_template_config,
+)
 
 if TYPE_CHECKING:
-    from mlx_edge.cache import KVCache
     from mlx_edge.decoding.constraints import Constraint
     from mlx_edge.decoding.sampling import Sampler
     from mlx_edge.decoding.stream import GenerationResponse
-    from mlx_edge.models.decoder import Decoder
     from mlx_edge.profiler import Profiler
     from mlx_edge.text import Tokenizer
 
@@ -68,31 +72,6 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_sampling(parser: Parser) -> None:
-    """The flags that choose a token."""
-    add = parser.add_argument
-    add("--temp", type=number(0), default=0.0, help="temperature; 0 takes the likeliest token")
-    add(
-        "--top-p", type=number(0, 1), default=1.0, help="keep the likeliest of this total; 1 is off"
-    )
-    add(
-        "--min-p",
-        type=number(0, 1),
-        default=0.0,
-        help="keep those this likely beside the likeliest",
-    )
-    add("--top-k", type=integer(0), default=0, help="keep this many of the likeliest; 0 is off")
-    add("--min-tokens-to-keep", type=integer(1), default=1, help="what min-p keeps at least")
-    add("--xtc-probability", type=number(0, 1), default=0.0, help="how often XTC applies; 0 is off")
-    add(
-        "--xtc-threshold",
-        type=number(0, 0.5),
-        default=0.1,
-        help="XTC drops all but the last above it",
-    )
-    add("--seed", type=integer(0, 2**63), help="the same seed gives the same text")
-
-
 def add_grammar(parser: Parser) -> None:
     """The flags that say what the text must look like; they need the extra `grammar`."""
     group = parser.add_mutually_exclusive_group()
@@ -125,20 +104,6 @@ def make_constraint(tokenizer: "Tokenizer", args: Namespace) -> "Constraint | No
     return make(tokenizer, regex=args.regex)
 
 
-def add_memory(parser: Parser) -> None:
-    """The flags that say how much is remembered, and how."""
-    add = parser.add_argument
-    add("--max-kv-size", type=integer(5), help="remember the first 4 positions and the newest")
-    add("--kv-bits", type=integer(4, 8), help="store keys and values in 4 or 8 bits")
-    add("--kv-group-size", type=integer(32, 128), default=64, help="values that share a scale")
-    add(
-        "--quantized-kv-start",
-        type=integer(0),
-        default=5000,
-        help="positions stored as floats first",
-    )
-
-
 def read_prompt(text: str) -> str:
     """The prompt itself, or stdin when it is "-"."""
     if text != "-":
@@ -150,17 +115,6 @@ def read_prompt(text: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"the prompt on stdin is not UTF-8: {error.reason}") from None
-
-
-def read_template_config(text: str | None) -> dict[str, Any]:
-    """The variables of --chat-template-config."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"--chat-template-config is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidRequestError('--chat-template-config must be an object: {"name": value}')
-    return value
 
 
 def encode_request(tokenizer: "Tokenizer", args: Namespace) -> list[int]:
@@ -183,19 +137,6 @@ def encode_request(tokenizer: "Tokenizer", args: Namespace) -> list[int]:
     return tokenizer.encode(f"{text}{beginning}", add_special_tokens=False)
 
 
-def make_cache(model: "Decoder", args: Namespace) -> "list[KVCache]":
-    """The cache that the flags ask for."""
-    from mlx_edge.cache import QuantizedRows
-
-    if args.kv_bits is None:
-        return model.make_cache(max_kv_size=args.max_kv_size)
-    return model.make_cache(
-        max_kv_size=args.max_kv_size,
-        row_format=QuantizedRows(args.kv_bits, args.kv_group_size),
-        float_until=args.quantized_kv_start,
-    )
-
-
 class Run:
     """A loaded model and the request of the flags; every `stream` is the same generation anew."""
 
@@ -206,32 +147,17 @@ class Run:
             # Imported here, so that a wrong flag or --help is answered at once.
             from mlx_edge.models.load import load
 
-            self.make_sampler(special_tokens=())
+            make_sampler(args)
             self.model, self.tokenizer = load(args.model, revision=args.revision)
             for token in args.extra_eos_token:
                 self.tokenizer.add_eos_token(token)
         with watch.phase("tokenise"):
             self.tokens = encode_request(self.tokenizer, args)
 
-    def make_sampler(self, special_tokens: "Iterable[int] | None" = None) -> "Sampler":
-        """A new sampler: a seeded one has a state. XTC never drops the special tokens, by default ends and newline."""
-        from mlx_edge.decoding.sampling import make_sampler
-
-        args = self.args
-        if special_tokens is None:
-            newline = self.tokenizer.encode("\n", add_special_tokens=False)
-            special_tokens = {*self.tokenizer.eos_token_ids, *newline}
-        return make_sampler(
-            args.temp,
-            args.top_p,
-            args.min_p,
-            args.min_tokens_to_keep,
-            args.top_k,
-            xtc_probability=args.xtc_probability,
-            xtc_threshold=args.xtc_threshold,
-            xtc_special_tokens=sorted(special_tokens),
-            seed=args.seed,
-        )
+    def make_sampler(self) -> "Sampler":
+        """A new sampler; XTC never drops end tokens and the newline."""
+        newline = self.tokenizer.encode("\n", add_special_tokens=False)
+        return make_sampler(self.args, {*self.tokenizer.eos_token_ids, *newline})
 
     def stream(
         self,

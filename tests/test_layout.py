@@ -26,7 +26,8 @@ FLOORS = {
     "calibration": 5,
     "engine": 5,
     "serving": 6,
-    "command": 6,
+    "command": 5,
+    "options": 6,
     "generate": 7,
     "__main__": 7,
 }

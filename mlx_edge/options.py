@@ -1,0 +1,97 @@
+"""Flags that several commands share, and what they ask for: samplers, caches, template variables.
+
+Names are mlx-lm's. Imports MLX only when something is made, so that a wrong flag is answered at once.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from mlx_edge.command import Parser, integer, number
+from mlx_edge.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from mlx_edge.cache import KVCache
+    from mlx_edge.decoding.sampling import Sampler
+    from mlx_edge.models.decoder import Decoder
+
+
+def add_sampling(parser: Parser) -> None:
+    """The flags that choose a token."""
+    add = parser.add_argument
+    add("--temp", type=number(0), default=0.0, help="temperature; 0 takes the likeliest token")
+    add(
+        "--top-p", type=number(0, 1), default=1.0, help="keep the likeliest of this total; 1 is off"
+    )
+    add(
+        "--min-p",
+        type=number(0, 1),
+        default=0.0,
+        help="keep those this likely beside the likeliest",
+    )
+    add("--top-k", type=integer(0), default=0, help="keep this many of the likeliest; 0 is off")
+    add("--min-tokens-to-keep", type=integer(1), default=1, help="what min-p keeps at least")
+    add("--xtc-probability", type=number(0, 1), default=0.0, help="how often XTC applies; 0 is off")
+    add(
+        "--xtc-threshold",
+        type=number(0, 0.5),
+        default=0.1,
+        help="XTC drops all but the last above it",
+    )
+    add("--seed", type=integer(0, 2**63), help="the same seed gives the same text")
+
+
+def add_memory(parser: Parser) -> None:
+    """The flags that say how much is remembered, and how."""
+    add = parser.add_argument
+    add("--max-kv-size", type=integer(5), help="remember the first 4 positions and the newest")
+    add("--kv-bits", type=integer(4, 8), help="store keys and values in 4 or 8 bits")
+    add("--kv-group-size", type=integer(32, 128), default=64, help="values that share a scale")
+    add(
+        "--quantized-kv-start",
+        type=integer(0),
+        default=5000,
+        help="positions stored as floats first",
+    )
+
+
+def read_template_config(text: str | None) -> dict[str, Any]:
+    """The variables of --chat-template-config."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"--chat-template-config is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError('--chat-template-config must be an object: {"name": value}')
+    return value
+
+
+def make_cache(model: "Decoder", args: Namespace) -> "list[KVCache]":
+    """The cache that the flags ask for."""
+    from mlx_edge.cache import QuantizedRows
+
+    if args.kv_bits is None:
+        return model.make_cache(max_kv_size=args.max_kv_size)
+    return model.make_cache(
+        max_kv_size=args.max_kv_size,
+        row_format=QuantizedRows(args.kv_bits, args.kv_group_size),
+        float_until=args.quantized_kv_start,
+    )
+
+
+def make_sampler(args: Namespace, special_tokens: Iterable[int] = ()) -> "Sampler":
+    """A new sampler, as a seeded one has a state; XTC never drops the special tokens."""
+    from mlx_edge.decoding.sampling import make_sampler
+
+    return make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=sorted(special_tokens),
+        seed=args.seed,
+    )
