@@ -5,10 +5,10 @@ Reads flags and prints; the flags have the names that mlx_lm.generate gives them
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_edge.command import Parser, integer, run_command, truth
 from mlx_edge.errors import InvalidRequestError
@@ -17,6 +17,7 @@ from mlx_edge.options import (
     add_sampling,
     make_cache,
     make_sampler,
+    read_prompt,
     read_template_config,
 )
 
@@ -29,18 +30,20 @@ if TYPE_CHECKING:
 
 PROG = "mlx_edge.generate"
 DEFAULT_PROMPT = "Once upon a time"
-MAX_PROMPT_BYTES = 1 << 26
+CUT = "<query>"  # stands in the template for a prompt that is stored already
 
 
 def make_parser() -> Parser:
     """All flags."""
     parser = Parser(prog=PROG, description="Generate text with a language model.")
     add = parser.add_argument
-    add("--model", default="pocket", help="a folder, a hub id (owner/name), or the bundled pocket")
+    add("--model", help="a folder or a hub id (owner/name); else the prompt cache's, or pocket")
     add("--revision", help="branch, tag or commit of a hub model")
+    add("--bridge", choices=("mlx-lm",), help="run the model by mlx-lm's definition of it")
     add("--prompt", "-p", default=DEFAULT_PROMPT, help='the prompt; "-" reads it from stdin')
     add("--system-prompt", help="what the chat template says before the prompt")
     add("--prefill-response", help="how the answer begins")
+    add("--prompt-cache-file", help="continue the prompt that mlx_edge.cache_prompt has stored")
     add("--ignore-chat-template", action="store_true", help="give the model the prompt as it is")
     add(
         "--chat-template-config",
@@ -104,21 +107,32 @@ def make_constraint(tokenizer: "Tokenizer", args: Namespace) -> "Constraint | No
     return make(tokenizer, regex=args.regex)
 
 
-def read_prompt(text: str) -> str:
-    """The prompt itself, or stdin when it is "-"."""
-    if text != "-":
-        return text
-    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-    if len(data) > MAX_PROMPT_BYTES:
-        raise InvalidRequestError(f"stdin holds more than {MAX_PROMPT_BYTES >> 20} MiB of prompt")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"the prompt on stdin is not UTF-8: {error.reason}") from None
+def choose_model(args: Namespace) -> tuple[str, str | None]:
+    """Name and revision to load: the flags', else those of the prompt cache, else the bundled model."""
+    if args.prompt_cache_file is None:
+        return "pocket" if args.model is None else args.model, args.revision
+    default = make_parser().get_default
+    decided = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
+    for name in (*decided, "system_prompt", "bridge"):
+        if getattr(args, name) != default(name):
+            raise InvalidRequestError(
+                f"--{name.replace('_', '-')} does not go with --prompt-cache-file: "
+                "the file has decided it; leave the flag out, or make another file"
+            )
+    from mlx_edge.models.prompt_cache import read_prompt_metadata
+
+    metadata = read_prompt_metadata(args.prompt_cache_file)
+    if args.model is not None:
+        return args.model, args.revision
+    return metadata.get("model", "pocket"), args.revision or metadata.get("revision")
 
 
 def encode_request(tokenizer: "Tokenizer", args: Namespace) -> list[int]:
-    """The tokens of the prompt, written as the chat template says where there is one."""
+    """The tokens of the prompt, written as the chat template says where there is one.
+
+    With a prompt cache, those that follow the prompt in it: the beginning of the turn is stored already.
+    """
+    continues = args.prompt_cache_file is not None
     prompt = read_prompt(args.prompt)
     beginning = args.prefill_response or ""
     variables = read_template_config(args.chat_template_config)
@@ -127,13 +141,17 @@ def encode_request(tokenizer: "Tokenizer", args: Namespace) -> list[int]:
             raise InvalidRequestError(
                 "--system-prompt and --chat-template-config need a chat template, and none is used"
             )
-        return tokenizer.encode(prompt + beginning)
-    messages = [{"role": "user", "content": prompt}]
+        return tokenizer.encode(prompt + beginning, add_special_tokens=not continues)
+    messages = [{"role": "user", "content": CUT + prompt if continues else prompt}]
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
     text = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False, **variables
     )
+    if continues:
+        _, found, text = str(text).partition(CUT)
+        if not found:
+            raise InvalidRequestError("the chat template does not write the prompt as it is")
     return tokenizer.encode(f"{text}{beginning}", add_special_tokens=False)
 
 
@@ -148,7 +166,8 @@ class Run:
             from mlx_edge.models.load import load
 
             make_sampler(args)
-            self.model, self.tokenizer = load(args.model, revision=args.revision)
+            name, revision = choose_model(args)
+            self.model, self.tokenizer = load(name, revision=revision, bridge=args.bridge)
             for token in args.extra_eos_token:
                 self.tokenizer.add_eos_token(token)
         with watch.phase("tokenise"):
@@ -158,6 +177,26 @@ class Run:
         """A new sampler; XTC never drops end tokens and the newline."""
         newline = self.tokenizer.encode("\n", add_special_tokens=False)
         return make_sampler(self.args, {*self.tokenizer.eos_token_ids, *newline})
+
+    def make_cache(self) -> Sequence[Any]:
+        """A new cache: empty, or as it was stored."""
+        args = self.args
+        if args.prompt_cache_file is None:
+            return make_cache(self.model, args)
+        from mlx_edge.models.decoder import Decoder
+        from mlx_edge.models.prompt_cache import NO_TEMPLATE, load_prompt_cache
+
+        assert isinstance(self.model, Decoder)  # --bridge was refused
+        caches, metadata = load_prompt_cache(
+            args.prompt_cache_file, self.model, return_metadata=True
+        )
+        is_raw = not self.tokenizer.has_chat_template or args.ignore_chat_template
+        if is_raw != (metadata["chat_template"] == NO_TEMPLATE):
+            raise InvalidRequestError(
+                f"{args.prompt_cache_file}: the prompt was stored with{'' if is_raw else 'out'} the chat template; "
+                f"{'leave out' if is_raw else 'give'} --ignore-chat-template"
+            )
+        return caches
 
     def stream(
         self,
@@ -177,7 +216,7 @@ class Run:
             stop=self.args.stop,
             sampler=sampler or self.make_sampler(),
             constraint=make_constraint(self.tokenizer, self.args),
-            prompt_cache=make_cache(self.model, self.args),
+            prompt_cache=self.make_cache(),
             prefill_step_size=self.args.prefill_step_size,
         )
 
@@ -225,6 +264,8 @@ def generate_text(args: Namespace) -> None:
 
     if args.profile_out and not args.profile:
         raise InvalidRequestError("--profile-out needs --profile")
+    if args.bridge and args.profile == "ops":
+        raise InvalidRequestError("--profile ops sees our own ops, of which --bridge runs none")
     watch = Profiler(is_on=args.profile is not None)
     run = Run(args, watch)
     if watch.is_on:

@@ -4,6 +4,7 @@ Names are mlx-lm's. Imports MLX only when something is made, so that a wrong fla
 """
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ from mlx_edge.command import Parser, integer, number
 from mlx_edge.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from mlx_edge.cache import KVCache
     from mlx_edge.decoding.sampling import Sampler
-    from mlx_edge.models.decoder import Decoder
+    from mlx_edge.models.interface import Cache, LanguageModel
+
+MAX_PROMPT_BYTES = 1 << 26
 
 
 def add_sampling(parser: Parser) -> None:
@@ -56,6 +58,19 @@ def add_memory(parser: Parser) -> None:
     )
 
 
+def read_prompt(text: str) -> str:
+    """The prompt itself, or stdin when it is "-"."""
+    if text != "-":
+        return text
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InvalidRequestError(f"stdin holds more than {MAX_PROMPT_BYTES >> 20} MiB of prompt")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"the prompt on stdin is not UTF-8: {error.reason}") from None
+
+
 def read_template_config(text: str | None) -> dict[str, Any]:
     """The variables of --chat-template-config."""
     try:
@@ -67,7 +82,7 @@ def read_template_config(text: str | None) -> dict[str, Any]:
     return value
 
 
-def make_cache(model: "Decoder", args: Namespace) -> "list[KVCache]":
+def make_cache(model: "LanguageModel[Cache]", args: Namespace) -> "list[Cache]":
     """The cache that the flags ask for."""
     from mlx_edge.cache import QuantizedRows
 

@@ -29,6 +29,8 @@ FLOORS = {
     "command": 5,
     "options": 6,
     "generate": 7,
+    "chat": 7,
+    "cache_prompt": 7,
     "__main__": 7,
 }
 GROUND = {"errors", "runtime"}  # everything stands on them

@@ -3,5 +3,14 @@
 from mlx_edge.cache.layer import KVCache, prepare_step
 from mlx_edge.cache.quantized import QuantizedRows
 from mlx_edge.cache.rows import FloatRows, RowFormat
+from mlx_edge.cache.saved import CacheFacts, CacheState
 
-__all__ = ["FloatRows", "KVCache", "QuantizedRows", "RowFormat", "prepare_step"]
+__all__ = [
+    "CacheFacts",
+    "CacheState",
+    "FloatRows",
+    "KVCache",
+    "QuantizedRows",
+    "RowFormat",
+    "prepare_step",
+]

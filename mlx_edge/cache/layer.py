@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edge.cache.rows import FloatRows, Planes, Row, RowFormat, join, make_room, take, write
+from mlx_edge.cache.saved import PARTS, CacheFacts, CacheState
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import Segment, StepMeta
 
@@ -129,6 +130,50 @@ class KVCache:
         self._chunk = chunk
         stored = self._stored_segments(meta.starts)
         return [*self._prefix_segments(), *stored, self._segment(new, meta.starts, ends)]
+
+    def state(self) -> CacheState:
+        """What is held, to be stored; the cache goes on as if nobody had asked. Waits for steps in flight."""
+        mx.synchronize()  # a waiting chunk is merged now, as the next step would begin by doing
+        self._flush()
+        held = {"prefix": self._prefix, "body": self._body, "tail": self._tail}
+        rows = tuple(
+            {part: take(held[part], 0, n, row) for part, n in self.held_slots(offset).items() if n}
+            for row, offset in enumerate(self._offsets)
+        )
+        is_float = self.row_format == FloatRows()
+        facts = CacheFacts(
+            self.window, self.keep, self._wanted_format, self._float_until, is_float, self._offsets
+        )
+        return CacheState(facts, rows)
+
+    @staticmethod
+    def from_state(state: CacheState) -> "KVCache":
+        """A cache that goes on where `state` was taken; its planes must have the shapes that `state` gives them."""
+        facts = state.facts
+        cache = KVCache(
+            window=facts.window,
+            keep=facts.keep,
+            row_format=facts.row_format,
+            float_until=facts.float_until,
+        )
+        cache.row_format, cache._offsets = facts.current_format, facts.offsets
+        tail = next(planes for _, part, planes in state.planes() if part == "tail")
+        like = tuple(mx.concatenate([p] * len(facts.offsets), axis=1) for p in tail)
+        cache._tail = make_room(like, TAIL)
+        cache._prefix = make_room(like, cache.keep) if cache.keep else ()
+        if cache.offset > TAIL:
+            cache._make_body(_merged(cache.offset))
+        held = {"prefix": cache._prefix, "body": cache._body, "tail": cache._tail}
+        for row, part, planes in state.planes():
+            held[part] = write(held[part], planes, 0, row)
+        cache._prefix, cache._body, cache._tail = (held[part] for part in PARTS)
+        return cache
+
+    def held_slots(self, offset: int) -> dict[str, int]:
+        """How many slots each part has in use, in a row with `offset` positions stored."""
+        merged = _merged(offset)
+        body = merged if self._ring is None else min(merged, self._ring)
+        return {"prefix": min(self.keep, offset), "body": body, "tail": offset - merged}
 
     def _flush(self) -> None:
         if self._chunk is not None:
@@ -280,7 +325,8 @@ def _merged(offset: int) -> int:
 def prepare_step(caches: Sequence[KVCache], num_new: int) -> None:
     """Make the step's writes safe: wait for steps in flight when it will write a body.
 
-    Called once per step, before any layer runs; a wait every TAIL positions when decoding.
+    Called once per step, before any layer runs; a wait every TAIL positions when decoding. It waits for this
+    thread's steps. Where another thread's still runs, MLX sees that the body is read and copies it: slower, not wrong.
     """
     if any(cache.writes_body(num_new) for cache in caches):
         mx.synchronize()

@@ -3,23 +3,25 @@
 A constraint needs each token before it can say what may follow: then the next forward pass alone is in flight,
 and the mask is made on the host while it runs.
 
+A generation may begin, go on and be closed in any thread, in one at a time: whatever is left between two steps
+has been handed to MLX, which lets another thread wait for it (a lazy array could be computed by its maker only).
+
 Works on token ids only; text, stop strings and timing are `stream.py`'s. This loop is the oracle of the
 batched engine: the same greedy tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_edge.cache import KVCache
 from mlx_edge.decoding.constraints import Constraint
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.decoder import Decoder
+from mlx_edge.models.interface import Cache, LanguageModel, LayerCache
 
 PREFILL_STEP_SIZE = 2048
 Step = tuple[mx.array, mx.array]  # token (1,), log-probabilities (V,)
@@ -28,22 +30,25 @@ RESERVED = 8192  # positions: beyond the prompt, a cache is not allocated furthe
 
 def generate_step(
     prompt: mx.array,
-    model: Decoder,
+    model: LanguageModel[Cache],
     *,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     constraint: Constraint | None = None,
-    prompt_cache: Sequence[KVCache] | None = None,
+    prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[int, mx.array]]:
+) -> Generator[tuple[int, mx.array], None, None]:
     """Yield (token, log-probabilities (V,)) pairs that follow the int32 prompt (L,), at most max_tokens.
 
     Ends earlier only where the model's context ends, or where a `constraint` lets nothing follow; the token
     after which that is so is yielded. A constraint is applied after the processors: the log-probabilities
     are those among the allowed tokens. With a `prompt_cache` the prompt continues what it holds.
     `prompt_progress_callback` is told (positions done, positions in all) during the prefill.
+
+    Closing the generator ends it within a step; what the callback raises ends it during the prefill. Either way
+    nothing is left running, and the cache holds whole steps: it may go on, also in another thread.
 
     Raises: InvalidRequestError for an empty prompt, one beyond the context, a token outside the vocabulary, or a
     constraint that has ended or cannot be followed.
@@ -59,16 +64,19 @@ def generate_step(
     def forward(tokens: mx.array) -> mx.array:
         return model(tokens[None], cache)[:, -1]  # (1, V)
 
-    choice = _Choice(sampler or make_sampler(), logits_processors, prompt)
+    choice = _Choice(sampler or make_sampler(), logits_processors, prompt, cache)
     rest = _prefill(prompt, model, cache, prefill_step_size, prompt_progress_callback)
     if constraint is None:
         steps = _run_free(rest, forward, choice, max_tokens)
     else:
         steps = _run_constrained(rest, forward, choice, max_tokens, constraint)
-    for index, step in enumerate(steps):
-        if index == 0 and prompt_progress_callback is not None:
-            prompt_progress_callback(prompt.size, prompt.size)
-        yield step
+    try:
+        for index, step in enumerate(steps):
+            if index == 0 and prompt_progress_callback is not None:
+                prompt_progress_callback(prompt.size, prompt.size)
+            yield step
+    finally:
+        choice.finish()
 
 
 def _run_free(
@@ -92,7 +100,7 @@ def _run_constrained(
 ) -> Iterator[tuple[int, mx.array]]:
     """One token after another, the mask of each made while its forward pass runs."""
     logits = forward(rest)
-    mx.async_eval(logits)  # type: ignore[no-untyped-call]
+    choice.start(logits)
     for index in range(max_tokens):
         allowed = _fit(constraint.mask(), logits.shape[-1])
         token, logprobs = choice.make(logits, allowed)
@@ -101,7 +109,7 @@ def _run_constrained(
         is_last = constraint.is_finished or index + 1 == max_tokens
         if not is_last:
             logits = forward(token)
-            mx.async_eval(logits)  # type: ignore[no-untyped-call]
+            choice.start(logits)
         yield value, logprobs
         if is_last:
             return
@@ -114,6 +122,8 @@ class _Choice:
     sampler: Sampler
     processors: Sequence[LogitsProcessor]
     seen: mx.array  # int32 (L,)
+    cache: Sequence[LayerCache]
+    in_flight: mx.array | None = field(default=None, init=False)  # a result of the newest step
 
     def make(self, logits: mx.array, allowed: mx.array | None = None) -> Step:
         """Start to compute the token that follows these logits (1, V), one of the `allowed` (V,)."""
@@ -123,10 +133,23 @@ class _Choice:
             logits = mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         token = self.sampler(logprobs)  # (1,)
+        row = logprobs[0]  # before the evaluation: the caller may read it in another thread
         if self.processors:
             self.seen = mx.concatenate([self.seen, token.astype(self.seen.dtype)])
-        mx.async_eval(token, logprobs)  # type: ignore[no-untyped-call]
-        return token, logprobs[0]
+        self.start(token, row)
+        return token, row
+
+    def start(self, *results: mx.array) -> None:
+        """Let MLX compute these, and all that the next step will find: the tokens so far and the cache."""
+        kept = [array for layer in self.cache for array in layer.arrays]
+        mx.async_eval(*results, self.seen, kept)  # type: ignore[no-untyped-call]
+        # One result stands for the step. The cache's arrays must not be held: their next write would copy them.
+        self.in_flight = results[0]
+
+    def finish(self) -> None:
+        """Wait until nothing runs any more; in whichever thread, as all of it has been started."""
+        if self.in_flight is not None:
+            mx.eval(self.in_flight)
 
 
 def _value(token: mx.array) -> int:
@@ -148,27 +171,24 @@ def _fit(mask: NDArray[np.bool_], vocab_size: int) -> mx.array:
 
 def _prefill(
     prompt: mx.array,
-    model: Decoder,
-    cache: Sequence[KVCache],
+    model: LanguageModel[Cache],
+    cache: Sequence[Cache],
     step_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> mx.array:
-    """Store all but the last chunk of the prompt; return that chunk, whose logits are wanted."""
-    done = 0
-    while prompt.size - done > step_size:
+    """Store all but the last token of the prompt, in chunks; return that token, whose logits are wanted."""
+    last = prompt.size - 1
+    for begin in range(0, last, step_size):
         if progress is not None:
-            progress(done, prompt.size)
-        model(prompt[None, done : done + step_size], cache)
-        # Only what was stored is evaluated: the head of this chunk is never computed.
+            progress(begin, prompt.size)
+        model(prompt[None, begin : min(begin + step_size, last)], cache)
+        # Only what was stored is evaluated: the logits of a prompt, L times the vocabulary, are never computed.
         mx.eval([array for layer in cache for array in layer.arrays])
-        done += step_size
-    if progress is not None:
-        progress(done, prompt.size)
-    return prompt[done:]
+    return prompt[last:]
 
 
 def allowed_tokens(
-    prompt: mx.array, model: Decoder, cache: Sequence[KVCache], max_tokens: int
+    prompt: mx.array, model: LanguageModel[Cache], cache: Sequence[Cache], max_tokens: int
 ) -> int:
     """At most `max_tokens`, and what fits into the context after the prompt; the last one is not stored.
 

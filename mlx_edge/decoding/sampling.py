@@ -5,6 +5,7 @@ the temperature last. All filters keep whole rows (B, V) and set what they drop 
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -32,7 +33,8 @@ def make_sampler(
     beside the likeliest (never fewer than `min_tokens_to_keep`), `top_k` that many; 1.0, 0.0 and 0 are off.
     With `xtc_probability` (0.0 is off) a step drops every token above `xtc_threshold` but the least likely of
     them, and never one of `xtc_special_tokens` (give the end-of-sequence tokens and the newline here).
-    The same `seed` gives the same tokens; without one, MLX's global random state is used.
+    The same `seed` gives the same tokens, in any thread; a seeded sampler goes on where it stopped. Without one
+    no two samplers draw alike. MLX's own random state is not used: each thread has one, and all begin the same.
 
     Raises: InvalidRequestError for a value outside its range.
     """
@@ -72,19 +74,15 @@ def make_sampler(
     return sample
 
 
-def _make_keys(seed: int | None) -> Callable[[], mx.array | None]:
-    """The keys of the draws: a stream of its own when seeded, else None, MLX's global random state."""
-    if seed is None:
-        return lambda: None
-    _check("seed", seed, 0 <= seed < 1 << 64, "from 0 to 2^64 - 1")
-    key = mx.random.key(seed)
+def _make_keys(seed: int | None) -> Callable[[], mx.array]:
+    """The keys of the draws, from a stream of their own; without a seed the operating system gives one.
 
-    def next_key() -> mx.array:
-        nonlocal key
-        key, used = mx.random.split(key)
-        return used
-
-    return next_key
+    They are made on the host: a key split off another is a lazy array, which its own thread alone can compute.
+    """
+    if seed is not None:
+        _check("seed", seed, 0 <= seed < 1 << 64, "from 0 to 2^64 - 1")
+    source = random.Random(seed)
+    return lambda: mx.random.key(source.getrandbits(64))
 
 
 def keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
@@ -135,7 +133,7 @@ def _exclude_sometimes(
     probability: float,
     threshold: float,
     special_tokens: Sequence[int],
-    key: mx.array | None,
+    key: mx.array,
 ) -> mx.array:
     """XTC in each row with this probability; the rows of a batch draw each for itself."""
     is_used = mx.random.uniform(shape=(*logprobs.shape[:-1], 1), key=key) < probability

@@ -4,19 +4,19 @@ Puts the loop, the tokenizer and the stop conditions together, and times them; k
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 
-from mlx_edge.cache import KVCache
 from mlx_edge.decoding.constraints import Constraint
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE, allowed_tokens, generate_step
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.decoder import Decoder
+from mlx_edge.models.interface import Cache, LanguageModel
 from mlx_edge.runtime import peak_memory_gb
 from mlx_edge.text import StopMatcher, Tokenizer
 
@@ -41,7 +41,7 @@ class GenerationResponse:
 
 
 def stream_generate(
-    model: Decoder,
+    model: LanguageModel[Cache],
     tokenizer: Tokenizer,
     prompt: Prompt,
     max_tokens: int = 256,
@@ -50,15 +50,18 @@ def stream_generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     constraint: Constraint | None = None,
-    prompt_cache: Sequence[KVCache] | None = None,
+    prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Yield a response per token; the last one carries the finish reason.
 
     Ends at an end-of-sequence token, before a `stop` string (which is not part of the text, even where it
     spans tokens), where a `constraint` (a new one for each generation) lets nothing follow, at `max_tokens`, or
     where the model's context ends. Never yields half a character, but for a text cut by `max_tokens`.
+
+    To cancel, close the generator (leaving a `for` loop drops it, which closes it too), or raise from the callback
+    while the prompt is read; `generate_step` says what is then left.
 
     Raises: InvalidRequestError for a prompt or an option that cannot be served.
     """
@@ -78,28 +81,29 @@ def stream_generate(
         prefill_step_size=prefill_step_size,
         prompt_progress_callback=prompt_progress_callback,
     )
-    for count, (token, logprobs) in enumerate(steps, start=1):
-        clock.tick()
-        is_complete = constraint is not None and constraint.is_finished
-        segment, finish = text.add(token, is_complete=is_complete, is_last=count == limit)
-        yield GenerationResponse(
-            text=segment,
-            token=token,
-            logprobs=logprobs,
-            from_draft=False,
-            prompt_tokens=tokens.size,
-            prompt_tps=clock.prompt_tps,
-            generation_tokens=count,
-            generation_tps=clock.generation_tps,
-            peak_memory=peak_memory_gb(),
-            finish_reason=finish,
-        )
-        if finish:
-            return
+    with closing(steps):
+        for count, (token, logprobs) in enumerate(steps, start=1):
+            clock.tick()
+            is_complete = constraint is not None and constraint.is_finished
+            segment, finish = text.add(token, is_complete=is_complete, is_last=count == limit)
+            yield GenerationResponse(
+                text=segment,
+                token=token,
+                logprobs=logprobs,
+                from_draft=False,
+                prompt_tokens=tokens.size,
+                prompt_tps=clock.prompt_tps,
+                generation_tokens=count,
+                generation_tps=clock.generation_tps,
+                peak_memory=peak_memory_gb(),
+                finish_reason=finish,
+            )
+            if finish:
+                return
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel[Any],
     tokenizer: Tokenizer,
     prompt: Prompt,
     verbose: bool = False,

@@ -29,7 +29,6 @@ class Assembler:
         self._config = config
         self._convert = convert
         self._unused = set(checkpoint.names())
-        self.arrays: list[mx.array] = []  # every tensor taken, in the order of the model
 
     def assemble(self) -> Decoder:
         """The whole model.
@@ -132,9 +131,7 @@ class Assembler:
         return ops.Norm(self._float(f"{name}.weight", size), self._config.norm_eps)
 
     def _float(self, name: str, *shape: int) -> mx.array:
-        array = self._convert(self._take(name, FLOATS, shape))
-        self.arrays.append(array)
-        return array
+        return self._convert(self._take(name, FLOATS, shape))
 
     def _take(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> mx.array:
         if name not in self._unused:

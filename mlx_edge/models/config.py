@@ -68,8 +68,8 @@ class ModelConfig:
         if family is None:
             raise UnsupportedModelError(
                 f"{fields.name}: model_type {model_type!r} is not one of those defined here "
-                f"({', '.join(sorted(FAMILIES))}); other architectures run through mlx-lm's definitions: "
-                "pip install 'mlx-edge[bridge]' and python -m mlx_lm generate"
+                f"({', '.join(sorted(FAMILIES))}); other architectures run by mlx-lm's definitions: "
+                "pip install 'mlx-edge[bridge]', then --bridge mlx-lm, in Python load(..., bridge='mlx-lm')"
             )
         num_heads = fields.integer("num_attention_heads", high=MAX_EXTENT)
         num_kv_heads = fields.integer("num_key_value_heads", num_heads, high=MAX_EXTENT)

@@ -4,8 +4,8 @@ Knows the order of the blocks and where the new tokens stand; all mathematics is
 `families.py`, how the weights got here is in `assembly.py`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 
 import mlx.core as mx
 
@@ -94,3 +94,15 @@ class Decoder:
             )
 
         return [make(layer.attention.window) for layer in self.layers]
+
+
+def find_arrays(part: object) -> Iterator[mx.array]:
+    """Every array of a model, or of a part of one, in the order of its records."""
+    if isinstance(part, mx.array):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from find_arrays(item)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from find_arrays(getattr(part, field.name))

@@ -97,7 +97,8 @@ def test_layers_are_told_apart(loaded: Any, observed: Any) -> None:
     for key, total in observed[1].totals().items():
         assert (key.layer is not None) == (key.op in BLOCKS)
         assert key.phase in ("prefill", "decode")
-        assert total.calls == (1 if key.phase == "prefill" else TOKENS - 1)
+        # The prefill is two passes: the prompt but for its last token, and that one.
+        assert total.calls == (2 if key.phase == "prefill" else TOKENS - 1)
     report = make_report(observed[0], ops=observed[1])
     layers = {(row.phase, row.layer): row for row in report.layers}
     assert set(layers) == {(p, n) for p in ("prefill", "decode") for n in range(num_layers)}
