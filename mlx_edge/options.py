@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_edge.models.interface import Cache, LanguageModel
 
 MAX_PROMPT_BYTES = 1 << 26
+OWN_VARIABLES = {"messages", "add_generation_prompt", "chat_template", "tokenize"}
 
 
 def add_sampling(parser: Parser) -> None:
@@ -79,6 +80,10 @@ def read_template_config(text: str | None) -> dict[str, Any]:
         raise InvalidRequestError(f"--chat-template-config is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequestError('--chat-template-config must be an object: {"name": value}')
+    if taken := sorted(OWN_VARIABLES & set(value)):
+        raise InvalidRequestError(
+            f"--chat-template-config sets {', '.join(taken)}, which the command sets itself"
+        )
     return value
 
 

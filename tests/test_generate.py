@@ -204,6 +204,7 @@ def test_interrupt_is_quiet() -> None:
         (["--xtc-probability", "2"], "'2' is not a number from 0 to 1"),
         (["--chat-template-config", "[1]"], "must be an object"),
         (["--chat-template-config", "{"], "is not JSON"),
+        (["--chat-template-config", '{"tokenize": true}'], "sets tokenize"),
         (["--system-prompt", "x", "--ignore-chat-template"], "need a chat template"),
         (["--extra-eos-token", "no such token"], "is no token of this vocabulary"),
         (["--profile-out", "x.json"], "needs --profile"),
