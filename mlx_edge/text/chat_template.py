@@ -2,19 +2,23 @@
 
 The dialect is that of transformers: trimmed blocks, `break` and `continue`, `{% generation %}`,
 `raise_exception`, `strftime_now`, `tojson` without HTML escapes. Deliberately knows no tokens: the
-result is text. A template may still loop for long: the sandbox guards the machine, not its time.
+result is text. Loops are counted, so that no template runs for ever.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError, ModelFormatError
 from mlx_edge.text.message import one_line
+
+MAX_TURNS = 1_000_000  # of all loops of one rendering together
+_turns: ContextVar[Iterator[int]] = ContextVar("mlx_edge_template_turns")
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -52,6 +56,7 @@ class ChatTemplate:
         context = {"tools": None, "documents": None, **variables}
         context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         template = self._template
+        token = _turns.set(iter(range(MAX_TURNS)))
         try:
             return template.render(context)
         except MLXEdgeError:
@@ -66,6 +71,8 @@ class ChatTemplate:
                 f"the chat template cannot write these messages ({one_line(failure)}); "
                 "change the messages or give another template"
             ) from failure
+        finally:
+            _turns.reset(token)
 
     @functools.cached_property
     def _template(self) -> Template:
@@ -93,6 +100,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
         def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
             raise SecurityError(f"{type(obj).__name__}.{attribute} is forbidden")
 
+        def _generate(self, source: jinja2.nodes.Template, *args: Any, **kwargs: Any) -> str:
+            """Let every `for` count its turns."""
+            for loop in source.find_all(jinja2.nodes.For):
+                counted = jinja2.nodes.Filter(loop.iter, "_counted", [], [], None, None)
+                loop.iter = counted.set_lineno(loop.lineno).set_environment(self)
+            return super()._generate(source, *args, **kwargs)
+
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks for training what the assistant said; it only shows its body."""
 
@@ -106,9 +120,31 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
+    environment.filters["_counted"] = _Counted
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
+
+
+class _Counted:
+    """What a loop runs over; its turns are taken from those of the whole rendering."""
+
+    def __init__(self, items: Iterable[Any]):
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        turns = _turns.get()
+        for item in self._items:
+            if next(turns, None) is None:
+                raise ModelFormatError(
+                    f"the chat template loops more than {MAX_TURNS:,} times; do not trust this model"
+                )
+            yield item
+
+    def __len__(self) -> int:
+        if not isinstance(self._items, Sized):
+            raise TypeError("no length")  # Jinja then counts by itself
+        return len(self._items)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -62,6 +62,28 @@ def test_dates_and_absent_tools():
     assert render("{{ tools | length }}", tools=[{}]) == "1"
 
 
+def test_loops_know_their_length_and_their_ends():
+    source = (
+        "{% for a in [1, 2] %}{{ loop.index }}/{{ loop.length }}{{ loop.last }} {% endfor %}"
+        "{% for k, v in {'x': 1} | items %}{{ k }}{{ v }}{% else %}none{% endfor %}"
+        "{% for n in nothing %}{{ n }}{% else %} empty{% endfor %}"
+    )
+    assert render(source) == "1/2False 2/2True x1 empty"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+        "{% for i in range(99999) %}{% for c in 'x' * 99999 %}{% endfor %}{% endfor %}",
+    ],
+    ids=["ranges", "text"],
+)
+def test_a_template_that_loops_for_ever_is_stopped(source):
+    with pytest.raises(ModelFormatError, match="loops more than 1,000,000 times"):
+        render(source)
+
+
 def test_a_template_can_refuse():
     source = "{{ raise_exception('roles must\nalternate') }}"
     with pytest.raises(InvalidRequestError, match=r"refuses these messages: roles must alternate$"):
