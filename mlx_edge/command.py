@@ -13,6 +13,14 @@ USAGE_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_silent = action.default is None or action.default is False or action.default == []
+        return action.help if is_silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations and reports an error in one line."""
 
@@ -21,7 +29,7 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx import nn
 
+from mlx_edge.cache import QuantizedRows
 from mlx_edge.models.load import load_model
 from tests.models.tiny import CONFIGS, make_model, save_model
 
@@ -96,3 +97,32 @@ def test_stored_dtypes_are_read(dtype: mx.Dtype, tmp_path: Path) -> None:
     model.set_dtype(mx.float32)  # what a CPU computes in
     tokens = mx.array([[1, 2, 3, 4]])
     assert np.allclose(np.array(ours(tokens)), np.array(model(tokens)), atol=1e-4)
+
+
+def one_by_one(model: Any, tokens: mx.array, cache: Any) -> np.ndarray:
+    steps = [model(tokens[:, i : i + 1], cache) for i in range(tokens.shape[1])]
+    return np.array(mx.concatenate(steps, axis=1))
+
+
+@pytest.mark.parametrize("kind", ["limited", "8 bit", "4 bit"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "qwen2", "smollm3"])
+def test_cache_kinds_equal_mlx_lms(name: str, kind: str, tmp_path: Path) -> None:
+    from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
+
+    config = {**CONFIGS[name], "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = make_model(config)
+    ours = load_model(save_model(model, config, tmp_path))
+    if kind == "limited":
+        theirs: Any = [RotatingKVCache(max_size=40, keep=4) for _ in ours.layers]
+        cache = ours.make_cache(max_kv_size=40)
+    else:
+        bits = int(kind[0])
+        theirs = [QuantizedKVCache(group_size=32, bits=bits) for _ in ours.layers]
+        cache = ours.make_cache(row_format=QuantizedRows(bits, 32))
+    tokens = mx.random.randint(0, config["vocab_size"], (2, TOKENS))
+    wanted = one_by_one(model, tokens, theirs)
+    error = np.abs(one_by_one(ours, tokens, cache) - wanted) / np.abs(wanted).max()
+    # Where the last bit of a key differs, rounding may choose the neighbouring code: few values, by little.
+    assert error.max() <= (TOLERANCE if kind == "limited" else 2e-2)
+    assert np.mean(error <= TOLERANCE) >= (1 if kind == "limited" else 0.9)
+    assert np.median(error) <= TOLERANCE / 10
