@@ -6,7 +6,7 @@ export PROMPT MODEL
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-INPUTS := pyproject.toml CMakeLists.txt $(wildcard metal_kernels/*.metal)
+INPUTS := pyproject.toml CMakeLists.txt $(wildcard metal_kernels/*.metal cpu_kernels/*)
 
 .PHONY: generate test lint dist clean
 

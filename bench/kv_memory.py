@@ -31,7 +31,7 @@ def peak_bytes(row_format: RowFormat, dtype: mx.Dtype) -> int:
     rows = mx.random.normal((1, KV_HEADS, CHUNK, HEAD_DIM)).astype(dtype)
     queries = mx.random.normal((1, HEADS, QUERIES, HEAD_DIM)).astype(dtype)
     for width in tqdm([CHUNK] * (POSITIONS // CHUNK) + [1, 1], unit="step"):
-        prepare_step(caches, width)
+        prepare_step(caches)
         start = caches[0].offset
         meta = ops.StepMeta.uniform(start, batch_size=1, width=width)
         for index, cache in enumerate(caches):

@@ -1,18 +1,32 @@
-"""The README's benchmark table, made from bench/results: `python bench/table.py` writes it, `--check` compares."""
+"""The README's benchmark tables, made from bench/results: `python bench/table.py` writes them, `--check` compares.
+
+Imports nothing of bench, so that it runs as a script; bench/peers.py prints its own result with the same functions.
+"""
 
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
+Result = dict[str, Any]
+KINDS = {
+    "prefill": "prompt of {} tokens, tokens/s",
+    "decode": "decode after {} tokens, tokens/s",
+    "batch_8_decode": "decode of 8 rows, tokens/s",
+    "first_token_s": "first token of a new process, s",
+    "load_s": "load, s",
+    "peak_bytes": "peak memory, MB",
+    "weight_bytes": "weights read per token, MB",
+}
 
 
-def make_table() -> str:
+def make_processes_table(result: Result) -> str:
     """Markdown: one row per pair of processes, medians, and the ratio with its spread."""
-    result = json.loads((ROOT / "bench" / "results" / "peers.json").read_text())
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = [
         "| what, as a whole process | mlx_edge | mlx-lm | ratio (spread) |",
@@ -30,15 +44,86 @@ def make_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def make_summary_table(result: Result) -> str:
+    """Markdown: every key of the summary with its spread, rounds and what it was compared with."""
+    lines = ["| ratio, ours / theirs | median | spread | rounds | ahead in | what |", "|" + "---|" * 6]
+    for key, value in result["summary"].items():
+        rounds, note = result["rounds"][key], result["notes"][key]
+        if value is None:
+            lines.append(f"| `{key}` | not measured | | 0 | | {note} |")
+            continue
+        low, high = result["spread"][key]
+        ahead = result["ahead"][key]
+        cells = [f"{value:.2f}", f"{low:.2f} to {high:.2f}", str(rounds), str(ahead), note]
+        lines.append(f"| `{key}` | {' | '.join(cells)} |")
+    nulls = [f"{name} {null['median']:.2f}" for name, null in result["null"].items()]
+    lines += ["", f"Ours against ours: {', '.join(nulls) or 'not run'}."]
+    return "\n".join(lines) + "\n"
+
+
+def make_peer_table(result: Result) -> str:
+    """Markdown: for each model what every peer gave, median and spread, each at each of its settings."""
+    lines = []
+    for group in result["measured"]:
+        lines.append(f"**{group['shape']}**, threads: {group['threads']}\n")
+        columns = [c for c in group["columns"] if _title(c)]
+        lines.append("| | " + " | ".join(_title(column) for column in columns) + " |")
+        lines.append("|" + "---|" * (len(columns) + 1))
+        for peer, values in group["peers"].items():
+            cells = [_cell(column, values.get(column)) for column in columns]
+            if any(cells):
+                lines.append(f"| {peer} | {' | '.join(cells)} |")
+        lines.append("")
+    facts = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines.append(
+        f"{facts['processor']} ({facts['instruction_sets']}), {facts['cores']} cores, {facts['system']}; {versions}. "
+        "Medians over interleaved rounds, the spread in brackets."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _title(column: str) -> str:
+    kind, _, number = column.rpartition("_")
+    if kind in KINDS and number.isdigit():
+        return KINDS[kind].format(number)
+    return KINDS.get(column, "")
+
+
+def _cell(column: str, value: dict[str, float] | None) -> str:
+    if value is None:
+        return ""
+    scale = 1e-6 if column.endswith("_bytes") else 1.0
+    middle, low, high = (value[key] * scale for key in ("median", "low", "high"))
+    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
+    if column == "weight_bytes":
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def make_markdown(result: Result) -> str:
+    """What bench/peers.py prints and the README shows."""
+    return make_summary_table(result) + "\n" + make_peer_table(result)
+
+
+def make_table() -> str:
+    """All tables of the README: those whose results are there."""
+    text = make_processes_table(json.loads((RESULTS / "processes.json").read_text()))
+    peers = RESULTS / "peers.json"
+    if peers.exists():
+        text += "\n" + make_markdown(json.loads(peers.read_text()))
+    return text
+
+
 def replaced(text: str) -> str:
-    """The README's text with the table put between its marks."""
+    """The README's text with the tables put between their marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return before + BEGIN + make_table() + END + after
 
 
 def main() -> int:
-    """Write the table, or say whether it is the one that the results make."""
+    """Write the tables, or say whether they are those that the results make."""
     text = README.read_text()
     wanted = replaced(text)
     if "--check" in sys.argv[1:]:

@@ -17,6 +17,8 @@ from mlx_edge.errors import InvalidRequestError
 from mlx_edge.options import (
     add_memory,
     add_sampling,
+    add_speculation,
+    load_proposers,
     make_cache,
     make_sampler,
     read_template_config,
@@ -47,6 +49,7 @@ def make_parser() -> Parser:
     add("--max-tokens", "-m", type=integer(1), default=256, help="the most tokens of an answer")
     add_sampling(parser)
     add_memory(parser)
+    add_speculation(parser)
     add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
     return parser
 
@@ -101,6 +104,8 @@ class Conversation:
         self._cache: list[KVCache] | None = None
         self._held: list[int] = []  # the tokens whose keys and values are in the cache
         self.reset()
+        # One for the whole conversation: it goes on with what it was told, as far as the cache does.
+        self._proposer = load_proposers(args, self.model, self.tokenizer)()
         self._check_flags()
         newline = self.tokenizer.encode("\n", add_special_tokens=False)
         # One for the whole conversation: with a new one, a seed would draw the same for every answer.
@@ -163,6 +168,7 @@ class Conversation:
             prompt_cache=cache,
             prefill_step_size=self.args.prefill_step_size,
             prompt_progress_callback=interrupt.check_prefill,
+            proposer=self._proposer,
         )
         for response in responses:
             fed.append(response.token)

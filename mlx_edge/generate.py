@@ -3,6 +3,7 @@
 Reads flags and prints; the flags have the names that mlx_lm.generate gives them.
 """
 
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from mlx_edge.errors import InvalidRequestError
 from mlx_edge.options import (
     add_memory,
     add_sampling,
+    add_speculation,
+    load_proposers,
     make_cache,
     make_sampler,
     read_prompt,
@@ -55,6 +58,7 @@ def make_parser() -> Parser:
     add_sampling(parser)
     add_grammar(parser)
     add_memory(parser)
+    add_speculation(parser)
     add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
     add(
         "--verbose",
@@ -170,6 +174,7 @@ class Run:
             self.model, self.tokenizer = load(name, revision=revision, bridge=args.bridge)
             for token in args.extra_eos_token:
                 self.tokenizer.add_eos_token(token)
+            self.make_proposer = load_proposers(args, self.model, self.tokenizer)
         with watch.phase("tokenise"):
             self.tokens = encode_request(self.tokenizer, args)
 
@@ -178,11 +183,11 @@ class Run:
         newline = self.tokenizer.encode("\n", add_special_tokens=False)
         return make_sampler(self.args, {*self.tokenizer.eos_token_ids, *newline})
 
-    def make_cache(self) -> Sequence[Any]:
-        """A new cache: empty, or as it was stored."""
+    def make_cache(self) -> tuple[Sequence[Any], list[int]]:
+        """A new cache, empty or as it was stored, and the tokens in it."""
         args = self.args
         if args.prompt_cache_file is None:
-            return make_cache(self.model, args)
+            return make_cache(self.model, args), []
         from mlx_edge.models.decoder import Decoder
         from mlx_edge.models.prompt_cache import NO_TEMPLATE, load_prompt_cache
 
@@ -196,7 +201,7 @@ class Run:
                 f"{args.prompt_cache_file}: the prompt was stored with{'' if is_raw else 'out'} the chat template; "
                 f"{'leave out' if is_raw else 'give'} --ignore-chat-template"
             )
-        return caches
+        return caches, json.loads(metadata["tokens"])[0]
 
     def stream(
         self,
@@ -208,6 +213,10 @@ class Run:
         """The responses; tokenizer and sampler may be stand-ins that watch."""
         from mlx_edge.decoding.stream import stream_generate
 
+        cache, stored = self.make_cache()
+        proposer = self.make_proposer()
+        if proposer is not None and stored:
+            proposer.start(stored, 0)
         return stream_generate(
             self.model,
             tokenizer or self.tokenizer,
@@ -216,8 +225,9 @@ class Run:
             stop=self.args.stop,
             sampler=sampler or self.make_sampler(),
             constraint=make_constraint(self.tokenizer, self.args),
-            prompt_cache=self.make_cache(),
+            prompt_cache=cache,
             prefill_step_size=self.args.prefill_step_size,
+            proposer=proposer,
         )
 
 

@@ -6,15 +6,18 @@ Names are mlx-lm's. Imports MLX only when something is made, so that a wrong fla
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlx_edge.command import Parser, integer, number
 from mlx_edge.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from mlx_edge.decoding.proposers import Proposer
     from mlx_edge.decoding.sampling import Sampler
     from mlx_edge.models.interface import Cache, LanguageModel
+    from mlx_edge.text import Tokenizer
 
 MAX_PROMPT_BYTES = 1 << 26
 OWN_VARIABLES = {"messages", "add_generation_prompt", "chat_template", "tokenize"}
@@ -59,6 +62,24 @@ def add_memory(parser: Parser) -> None:
     )
 
 
+def add_speculation(parser: Parser) -> None:
+    """The flags that draft several tokens for one step to verify; the text stays the same."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--draft-model", help="a smaller model with the same vocabulary, which drafts tokens"
+    )
+    group.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="draft what followed in the text before: fast for code edits, JSON, quotations",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=integer(1, 15),
+        help="tokens per draft: 3 of a draft model, up to 15 of a lookup, unless told",
+    )
+
+
 def read_prompt(text: str) -> str:
     """The prompt itself, or stdin when it is "-"."""
     if text != "-":
@@ -98,6 +119,38 @@ def make_cache(model: "LanguageModel[Cache]", args: Namespace) -> "list[Cache]":
         row_format=QuantizedRows(args.kv_bits, args.kv_group_size),
         float_until=args.quantized_kv_start,
     )
+
+
+def load_proposers(
+    args: Namespace, model: "LanguageModel[Any]", tokenizer: "Tokenizer"
+) -> "Callable[[], Proposer | None]":
+    """What makes a new proposer, or None, as the flags ask; a draft model is loaded now.
+
+    Raises: InvalidRequestError for flags that do not fit together, and a draft model with another vocabulary.
+    """
+    from mlx_edge.decoding.proposers import make_proposer
+    from mlx_edge.models.load import load
+
+    draft_model = None
+    if args.draft_model is not None:
+        draft_model, other = load(args.draft_model)
+        special = tokenizer.special_ids | other.special_ids
+        for index in range(min(tokenizer.vocab_size, other.vocab_size)):
+            theirs, ours = other.id_to_token(index), tokenizer.id_to_token(index)
+            if theirs != ours and index not in special:
+                raise InvalidRequestError(
+                    f"token {index} is {theirs!r} to the draft model {args.draft_model}, and {ours!r} to the model; "
+                    "a draft model must have the same vocabulary: choose one of the same family"
+                )
+    make = partial(
+        make_proposer,
+        model,
+        draft_model=draft_model,
+        num_draft_tokens=args.num_draft_tokens,
+        prompt_lookup=args.prompt_lookup,
+    )
+    make()  # what does not fit is said now
+    return make
 
 
 def make_sampler(args: Namespace, special_tokens: Iterable[int] = ()) -> "Sampler":

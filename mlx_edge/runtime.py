@@ -1,9 +1,16 @@
-"""What this process runs on: the device, the dtype to compute in, and the memory it took."""
+"""What this process runs on: the device, the dtype to compute in, the BLAS behind MLX, and the memory it took."""
 
+import os
 import sys
+from functools import cache
+from importlib import import_module
 from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 
 import mlx.core as mx
+
+OPENBLAS = "lib/libscipy_openblas.so"  # in the package scipy-openblas32
 
 
 def has_gpu() -> bool:
@@ -37,6 +44,34 @@ def missing_native_part() -> str | None:
             "it runs on plain MLX ops. Install g++ and cmake, then install mlx_edge again"
         )
     return None
+
+
+@cache
+def connect_blas() -> str | None:
+    """Let MLX's float32 and float64 products and its `mx.linalg` run in OpenBLAS; return why they do not, or None.
+
+    MLX's Linux wheel brings the reference BLAS, which is tens of times slower and uses one core. It makes no difference
+    whether MLX was imported or used before; bfloat16 and float16 products are MLX's own loops and stay slow.
+    `MLX_EDGE_BLAS=mlx` leaves MLX as it is; so does an MLX that was built with another BLAS. macOS has Accelerate.
+    """
+    if sys.platform != "linux":
+        return None
+    if os.environ.get("MLX_EDGE_BLAS") == "mlx":
+        return "MLX_EDGE_BLAS=mlx leaves MLX's own BLAS in place"
+    lacking = missing_native_part()
+    if lacking:
+        return lacking
+    # Found, not imported: importing would lay its symbols open to all libraries of the process.
+    package = find_spec("scipy_openblas32")
+    if package is None or package.origin is None:
+        return "MLX uses the BLAS of its wheel, which is slow: pip install scipy-openblas32"
+    try:
+        native = import_module("mlx_edge._native._cpu")
+    except ImportError as error:
+        return f"MLX uses the BLAS of its wheel, which is slow: {error}"
+    libmlx = Path(mx.__file__).parent / "lib" / "libmlx.so"
+    reason: str = native.connect_blas(str(libmlx), str(Path(package.origin).parent / OPENBLAS))
+    return reason or None
 
 
 def peak_memory_gb() -> float:

@@ -1,8 +1,9 @@
 """The KV cache of one layer: a body that nothing writes while it is read, and a short tail.
 
 MLX holds an array that was an input until the step that read it is done, so writing into it before then would
-copy all of it. A step therefore writes only the tail, the newest at most TAIL positions; a full tail is merged
-into the body, and so is a long chunk of a prompt, when the next step begins and those in flight have ended.
+copy all of it. A step therefore writes only the tail, which has room for a whole step beside what waits there; a
+full tail is merged into the body, and so is a long chunk of a prompt, when the next step begins and those in flight
+have ended. What a step brought can so be forgotten until then: rejected drafts never reach the body.
 
 The body is a ring when the cache has a window: a position's slot is its number modulo the ring's size, nothing
 is ever moved, and the positions tell attention who sees whom. The first `keep` positions then stay apart and
@@ -10,7 +11,6 @@ are always seen. Knows no models; `prepare_step` must be called before each step
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -20,17 +20,8 @@ from mlx_edge.cache.saved import PARTS, CacheFacts, CacheState
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import Segment, StepMeta
 
-TAIL = 32  # positions; a tail covers [n * TAIL, (n + 1) * TAIL)
+TAIL = 32  # positions; a tail begins at a multiple of it, and a longer step is a chunk
 GROWTH = 256  # positions; the capacity of a body without a window is a multiple of it
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows of a long step, not yet merged: row b of the batch holds positions starts[b] to ends[b]."""
-
-    planes: Planes
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
 
 
 class KVCache:
@@ -55,13 +46,17 @@ class KVCache:
         self._wanted_format = row_format or FloatRows()
         self._float_until = float_until
         self.row_format: RowFormat = FloatRows() if float_until else self._wanted_format
-        # Beside the window's past, as much as one merge may overwrite while older queries still run.
+        # Beside the window's past, one tail: positions may be forgotten across a merge.
         self._ring = None if window is None else -(-(window - 1) // TAIL) * TAIL + TAIL
-        self._offsets: tuple[int, ...] = ()  # positions stored, per row of the batch
+        # Per row of the batch: positions stored, and those of them that lie in the body, before the tail's first.
+        self._offsets: tuple[int, ...] = ()
+        self._tail_starts: tuple[int, ...] = ()
+        self._oldest: tuple[int, ...] = ()  # the first that the body still has: a ring overwrites
         self._body: Planes = ()
         self._tail: Planes = ()
         self._prefix: Planes = ()
-        self._chunk: Chunk | None = None
+        self._chunk: Planes = ()  # a long step's rows, not yet merged; the tail ends where they start
+        self._chunk_starts: tuple[int, ...] = ()
 
     @property
     def offset(self) -> int:
@@ -76,8 +71,7 @@ class KVCache:
     @property
     def arrays(self) -> list[mx.array]:
         """The arrays to evaluate after a step."""
-        chunk = self._chunk.planes if self._chunk else ()
-        return [*self._body, *self._tail, *self._prefix, *chunk]
+        return [*self._body, *self._tail, *self._prefix, *self._chunk]
 
     @property
     def nbytes(self) -> int:
@@ -87,54 +81,87 @@ class KVCache:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the positions held: what one step of attention reads."""
-        per_position = sum(p.nbytes // (p.shape[1] * TAIL) for p in self._tail)
+        per_position = sum(p.nbytes // (p.shape[1] * p.shape[3]) for p in self._tail)
         limit = None if self._ring is None else self._ring + TAIL + self.keep
         held = (o if limit is None else min(o, limit) for o in self._offsets)
         return per_position * sum(held)
+
+    @property
+    def num_trimmable(self) -> int:
+        """How many positions the next step may bring that `trim` could make as if they had never come."""
+        until_packed = self._float_until - self.offset
+        return min(TAIL, until_packed) if until_packed > 0 and self._gets_packed else TAIL
 
     def reserve(self, capacity: int) -> None:
         """Let the body hold `capacity` positions, as far as its window goes, when it is next allocated or grown."""
         self._capacity = max(self._capacity, capacity)
 
-    def writes_body(self, num_new: int) -> bool:
-        """Whether a step of `num_new` positions begins by writing the body."""
-        is_long = num_new > TAIL
-        return self._chunk is not None or (
-            not is_long and any(_merged(o + num_new) > _merged(o) for o in self._offsets)
-        )
+    @property
+    def writes_body(self) -> bool:
+        """Whether the next step begins by writing the body."""
+        fills = (_merged(o + 1) > s for o, s in zip(self._offsets, self._tail_starts, strict=True))
+        return bool(self._chunk) or any(fills)
 
     def extend(self, keys: mx.array, values: mx.array, meta: StepMeta) -> Sequence[Segment]:
         """Store keys and values (B, K, L, D) at the step's positions; return all segments to attend to.
 
         Raises: InvalidRequestError when the positions do not follow those stored.
         """
-        offsets = self._offsets or (0,) * len(meta.starts)
-        if meta.starts != offsets:
+        starts = self._offsets or (0,) * len(meta.starts)
+        if meta.starts != starts:
             raise InvalidRequestError(
-                f"a step of rows from positions {meta.starts} does not follow the {offsets} that are stored"
+                f"a step of rows from positions {meta.starts} does not follow the {starts} that are stored"
             )
-        self._offsets = offsets
-        self._flush()
+        if self.writes_body:
+            lengths = zip(starts, meta.lengths, strict=True)
+            self._merge(tuple(_merged(start + min(length, 1)) for start, length in lengths))
         self._convert()
         new = self.row_format.encode(mx.stack([keys, values]))
         if not self._tail:
-            self._tail = make_room(new, TAIL)
+            self._tail = make_room(new, 2 * TAIL)
             self._prefix = make_room(new, self.keep) if self.keep else ()
-        ends = tuple(s + n for s, n in zip(meta.starts, meta.lengths, strict=True))
-        chunk = Chunk(new, meta.starts, ends)
-        self._store_prefix(chunk)
-        self._offsets = ends
-        if meta.width <= TAIL:
-            self._store(chunk)
-            return [*self._prefix_segments(), *self._stored_segments(ends)]
-        self._chunk = chunk
-        stored = self._stored_segments(meta.starts)
-        return [*self._prefix_segments(), *stored, self._segment(new, meta.starts, ends)]
+            self._tail_starts = self._oldest = (0,) * len(starts)
+        self._offsets = tuple(s + n for s, n in zip(starts, meta.lengths, strict=True))
+        self._write_prefix(new, starts)
+        if meta.width > TAIL:
+            self._chunk, self._chunk_starts = new, starts
+            return [*self._stored_segments(starts), self._segment(new, starts, self._offsets)]
+        for row, (begin, start, end) in _rows(self._tail_starts, starts, self._offsets):
+            if end > start:
+                self._tail = write(self._tail, take(new, 0, end - start, row), start - begin, row)
+        return self._stored_segments(self._offsets)
+
+    def trim(self, count: int | Sequence[int]) -> None:
+        """Forget the newest `count` positions, or so many of each row: the cache is as if they had never come.
+
+        Those of the newest step can always be forgotten, at most `num_trimmable`. A cache without a window goes back
+        as far as one likes; one with a window by TAIL positions at least, unless a chunk has just overwritten them.
+
+        Raises: InvalidRequestError for what cannot be forgotten; the cache stays as it was.
+        """
+        counts = (count,) * len(self._offsets) if isinstance(count, int) else tuple(count)
+        offsets = tuple(o - c for o, c in zip(self._offsets, counts, strict=True))
+        if min(counts, default=0) < 0 or min(offsets, default=0) < 0:
+            raise InvalidRequestError(
+                f"{count} positions cannot be forgotten; {self._offsets} are stored"
+            )
+        if any(o < s for o, s in zip(offsets, self._chunk_starts, strict=bool(self._chunk))):
+            self._settle()
+        self._check_trim(offsets)
+        starts = tuple(min(s, _merged(o)) for s, o in zip(self._tail_starts, offsets, strict=True))
+        for row, (begin, end, held) in _rows(starts, offsets, self._tail_starts):
+            if begin < min(held, end):
+                slot = begin if self._ring is None else begin % self._ring
+                self._tail = write(
+                    self._tail, take(self._body, slot, slot + end - begin, row), 0, row
+                )
+        if starts != self._tail_starts:
+            mx.eval(self._tail)  # else the next merge would find its body held, and copy it
+        self._offsets, self._tail_starts = offsets, starts
 
     def state(self) -> CacheState:
         """What is held, to be stored; the cache goes on as if nobody had asked. Waits for steps in flight."""
-        mx.synchronize()  # a waiting chunk is merged now, as the next step would begin by doing
-        self._flush()
+        self._settle()
         held = {"prefix": self._prefix, "body": self._body, "tail": self._tail}
         rows = tuple(
             {part: take(held[part], 0, n, row) for part, n in self.held_slots(offset).items() if n}
@@ -157,9 +184,12 @@ class KVCache:
             float_until=facts.float_until,
         )
         cache.row_format, cache._offsets = facts.current_format, facts.offsets
+        cache._tail_starts = tuple(map(_merged, facts.offsets))
+        # Of a ring only what is seen is sure to be in a state.
+        cache._oldest = (0,) * len(facts.offsets) if cache.window is None else cache._tail_starts
         tail = next(planes for _, part, planes in state.planes() if part == "tail")
         like = tuple(mx.concatenate([p] * len(facts.offsets), axis=1) for p in tail)
-        cache._tail = make_room(like, TAIL)
+        cache._tail = make_room(like, 2 * TAIL)
         cache._prefix = make_room(like, cache.keep) if cache.keep else ()
         if cache.offset > TAIL:
             cache._make_body(_merged(cache.offset))
@@ -175,10 +205,30 @@ class KVCache:
         body = merged if self._ring is None else min(merged, self._ring)
         return {"prefix": min(self.keep, offset), "body": body, "tail": offset - merged}
 
-    def _flush(self) -> None:
-        if self._chunk is not None:
-            chunk, self._chunk = self._chunk, None
-            self._store(chunk)
+    @property
+    def _gets_packed(self) -> bool:
+        return self._wanted_format != FloatRows()
+
+    def _check_trim(self, offsets: tuple[int, ...]) -> None:
+        """Refuse what a ring no longer holds, and floats that are packed by now."""
+        for start, oldest, offset in zip(self._tail_starts, self._oldest, offsets, strict=True):
+            needed = 0 if self.window is None else max(0, offset - self.window + 1)
+            if _merged(offset) < start and oldest > min(needed, _merged(offset)):
+                raise InvalidRequestError(
+                    f"a cache with a window of {self.window} cannot go back to position {offset}: "
+                    f"it holds those from {oldest}; process the text anew"
+                )
+        is_packed = self._gets_packed and self.row_format == self._wanted_format
+        if is_packed and max(offsets, default=0) < self._float_until <= self.offset:
+            raise InvalidRequestError(
+                f"the cache is packed from position {self._float_until} on and cannot go back to "
+                f"{max(offsets)}, where rows were floats; process the text anew"
+            )
+
+    def _settle(self) -> None:
+        """Merge what can be merged, as the next step would begin by doing. Waits for steps in flight."""
+        mx.synchronize()
+        self._merge(tuple(map(_merged, self._offsets)))
 
     def _convert(self) -> None:
         """Give all rows the wanted format, once enough of them are stored."""
@@ -191,26 +241,26 @@ class KVCache:
             for planes in (self._body, self._tail, self._prefix)
         )
 
-    def _store(self, chunk: Chunk) -> None:
-        """Write a chunk into the tail, and what fills whole tails into the body."""
-        for row, start, end in self._rows(chunk.starts, chunk.ends):
-            if end == start:
+    def _merge(self, middles: tuple[int, ...]) -> None:
+        """Move positions before `middles` from tail and chunk into the body; the rest is the new tail."""
+        tail_ends = self._chunk_starts if self._chunk else self._offsets
+        spans = (self._tail_starts, middles, tail_ends, self._offsets)
+        for row, (begin, middle, tail_end, end) in _rows(*spans):
+            if middle == begin and tail_end == end:
                 continue
-            rows = take(chunk.planes, 0, end - start, row)
-            if _merged(end) == _merged(start):
-                self._tail = write(self._tail, rows, start - _merged(start), row)
-            else:
-                self._merge(rows, start, end, row)
-
-    def _merge(self, rows: Planes, start: int, end: int, row: Row) -> None:
-        """Move tail and rows into the body, up to the last whole tail; the rest is the new tail."""
-        begin, middle = _merged(start), _merged(end)
-        if start > begin:
-            rows = join(take(self._tail, 0, start - begin, row), rows)
-        first = begin if self._ring is None else max(begin, middle - self._ring)
-        self._make_body(middle)
-        self._write_body(take(rows, first - begin, middle - begin), first, row)
-        self._tail = write(self._tail, take(rows, middle - begin, end - begin), 0, row)
+            rows = take(self._tail, 0, tail_end - begin, row)
+            if end > tail_end:
+                rows = join(rows, take(self._chunk, 0, end - tail_end, row))
+            if middle > begin:
+                first = begin if self._ring is None else max(begin, middle - self._ring)
+                self._make_body(middle)
+                self._write_body(take(rows, first - begin, middle - begin), first, row)
+            if end > middle:
+                self._tail = write(self._tail, take(rows, middle - begin, end - begin), 0, row)
+        if self._ring is not None:
+            held = (middle - self._ring for middle in middles)
+            self._oldest = tuple(map(max, self._oldest, held))
+        self._tail_starts, self._chunk, self._chunk_starts = middles, (), ()
 
     def _make_body(self, length: int) -> None:
         """Allocate or grow the body so that `length` positions fit, or the ring's share of them."""
@@ -232,18 +282,11 @@ class KVCache:
         if until_end < count:
             self._body = write(self._body, take(rows, until_end, count), 0, row)
 
-    def _store_prefix(self, chunk: Chunk) -> None:
-        for row, start, end in self._rows(chunk.starts, chunk.ends):
+    def _write_prefix(self, new: Planes, starts: tuple[int, ...]) -> None:
+        for row, (start, end) in _rows(starts, self._offsets):
             if start < min(self.keep, end):
-                rows = take(chunk.planes, 0, min(self.keep, end) - start, row)
+                rows = take(new, 0, min(self.keep, end) - start, row)
                 self._prefix = write(self._prefix, rows, start, row)
-
-    def _rows(self, starts: tuple[int, ...], ends: tuple[int, ...]) -> list[tuple[Row, int, int]]:
-        """What to write: the whole batch at once where all rows are alike."""
-        spans = _distinct_spans(starts, ends)
-        if len(spans) == 1:
-            return [(None, *spans[0])]
-        return [(row, start, end) for row, (start, end) in enumerate(spans)]
 
     def _prefix_segments(self) -> list[Segment]:
         ends = tuple(min(self.keep, end) for end in self._offsets)
@@ -251,14 +294,13 @@ class KVCache:
             return []
         return [self._segment(self._prefix, (0,) * len(ends), ends, is_prefix=True)]
 
-    def _stored_segments(self, ends: tuple[int, ...]) -> list[Segment]:
-        """Body and tail, as far as they hold something, when `ends` positions are in them."""
-        merged = tuple(_merged(end) for end in ends)
-        segments = []
-        if max(merged) > 0:
-            segments.append(self._body_segment(merged))
-        if max(ends) > 0:
-            segments.append(self._segment(self._tail, merged, ends))
+    def _stored_segments(self, tail_ends: tuple[int, ...]) -> list[Segment]:
+        """Prefix, body and tail, as far as they hold something, the tail up to `tail_ends`."""
+        segments = self._prefix_segments()
+        if max(self._tail_starts) > 0:
+            segments.append(self._body_segment())
+        if max(e - s for s, e in zip(self._tail_starts, tail_ends, strict=True)) > 0:
+            segments.append(self._segment(self._tail, self._tail_starts, tail_ends))
         return segments
 
     def _segment(
@@ -274,16 +316,17 @@ class KVCache:
         slots = np.arange(length)
         rows = [
             np.where(slots < end - start, start + slots, -1)
-            for start, end in _distinct_spans(starts, ends)
+            for _, (start, end) in _rows(starts, ends)
         ]
         return self._make_segment(take(planes, 0, length), np.stack(rows), is_prefix=is_prefix)
 
-    def _body_segment(self, merged: tuple[int, ...]) -> Segment:
+    def _body_segment(self) -> Segment:
         ring = self._ring
-        length = max(merged) if ring is None else min(ring, max(merged))
+        longest = max(self._tail_starts)
+        length = longest if ring is None else min(ring, longest)
         slots = np.arange(length)
         rows = []
-        for end in merged if len(set(merged)) > 1 else merged[:1]:
+        for _, (end,) in _rows(self._tail_starts):
             # The newest position below `end` that has this slot.
             held = slots if ring is None else slots + (end - 1 - slots) // ring * ring
             rows.append(np.where(held < end, held, -1))
@@ -311,22 +354,22 @@ class KVCache:
         )
 
 
-def _distinct_spans(starts: tuple[int, ...], ends: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The rows' spans; a single one where all are alike, since positions broadcast over the batch."""
-    spans = list(zip(starts, ends, strict=True))
-    return spans[:1] if len(set(spans)) == 1 else spans
+def _rows(*columns: tuple[int, ...]) -> list[tuple[Row, tuple[int, ...]]]:
+    """The values of each row of the batch; where all rows are alike, of the whole batch at once."""
+    rows = list(zip(*columns, strict=True))
+    return [(None, rows[0])] if len(set(rows)) == 1 else list(enumerate(rows))
 
 
 def _merged(offset: int) -> int:
-    """Positions that lie in the body once `offset` are stored; a full tail waits for the next step."""
+    """Positions that lie in the body at rest once `offset` are stored; a full tail waits for the next step."""
     return max(0, offset - 1) // TAIL * TAIL
 
 
-def prepare_step(caches: Sequence[KVCache], num_new: int) -> None:
+def prepare_step(caches: Sequence[KVCache]) -> None:
     """Make the step's writes safe: wait for steps in flight when it will write a body.
 
     Called once per step, before any layer runs; a wait every TAIL positions when decoding. It waits for this
     thread's steps. Where another thread's still runs, MLX sees that the body is read and copies it: slower, not wrong.
     """
-    if any(cache.writes_body(num_new) for cache in caches):
+    if any(cache.writes_body for cache in caches):
         mx.synchronize()

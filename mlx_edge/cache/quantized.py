@@ -33,16 +33,20 @@ class QuantizedRows:
                 f"{' or '.join(map(str, BITS))} and groups of {', '.join(map(str, GROUP_SIZES))}"
             )
 
+    def check(self, head_dim: int) -> None:
+        """Raises InvalidRequestError when a head does not divide into groups."""
+        if head_dim % self.group_size:
+            raise InvalidRequestError(
+                f"heads of {head_dim} do not divide into groups of {self.group_size}; "
+                "choose a smaller --kv-group-size"
+            )
+
     def encode(self, rows: mx.array) -> Planes:
         """Packs, scales and offsets of rows (2, B, K, L, D).
 
         Raises: InvalidRequestError when the head does not divide into groups.
         """
-        if rows.shape[-1] % self.group_size:
-            raise InvalidRequestError(
-                f"heads of {rows.shape[-1]} do not divide into groups of {self.group_size}; "
-                "choose a smaller --kv-group-size"
-            )
+        self.check(rows.shape[-1])
         packs, scales, offsets = mx.quantize(rows, group_size=self.group_size, bits=self.bits)
         return packs, scales, offsets
 

@@ -54,18 +54,14 @@ def generate_step(
     constraint that has ended or cannot be followed.
     """
     cache = model.make_cache() if prompt_cache is None else prompt_cache
-    max_tokens = allowed_tokens(prompt, model, cache, max_tokens)
-    _check_positive("prefill_step_size", prefill_step_size)
-    if constraint is not None and constraint.is_finished:
-        raise InvalidRequestError("the constraint has ended; make a new one for each generation")
-    for layer in cache:
-        layer.reserve(layer.offset + prompt.size + min(max_tokens, RESERVED))
+    max_tokens = reserve(prompt, model, cache, max_tokens)
+    check_options(prefill_step_size, constraint)
 
     def forward(tokens: mx.array) -> mx.array:
         return model(tokens[None], cache)[:, -1]  # (1, V)
 
-    choice = _Choice(sampler or make_sampler(), logits_processors, prompt, cache)
-    rest = _prefill(prompt, model, cache, prefill_step_size, prompt_progress_callback)
+    choice = Choice(sampler or make_sampler(), logits_processors, prompt, cache)
+    rest = prefill(prompt, model, cache, prefill_step_size, prompt_progress_callback)
     if constraint is None:
         steps = _run_free(rest, forward, choice, max_tokens)
     else:
@@ -80,7 +76,7 @@ def generate_step(
 
 
 def _run_free(
-    rest: mx.array, forward: Callable[[mx.array], mx.array], choice: "_Choice", max_tokens: int
+    rest: mx.array, forward: Callable[[mx.array], mx.array], choice: "Choice", max_tokens: int
 ) -> Iterator[tuple[int, mx.array]]:
     """One token after another, the next step always in flight."""
     following = choice.make(forward(rest))
@@ -88,13 +84,13 @@ def _run_free(
         token, logprobs = following
         if index + 1 < max_tokens:
             following = choice.make(forward(token))
-        yield _value(token), logprobs
+        yield value_of(token), logprobs
 
 
 def _run_constrained(
     rest: mx.array,
     forward: Callable[[mx.array], mx.array],
-    choice: "_Choice",
+    choice: "Choice",
     max_tokens: int,
     constraint: Constraint,
 ) -> Iterator[tuple[int, mx.array]]:
@@ -102,9 +98,8 @@ def _run_constrained(
     logits = forward(rest)
     choice.start(logits)
     for index in range(max_tokens):
-        allowed = _fit(constraint.mask(), logits.shape[-1])
-        token, logprobs = choice.make(logits, allowed)
-        value = _value(token)
+        token, logprobs = choice.make(logits, constraint)
+        value = value_of(token)
         constraint.advance(value)
         is_last = constraint.is_finished or index + 1 == max_tokens
         if not is_last:
@@ -116,7 +111,7 @@ def _run_constrained(
 
 
 @dataclass
-class _Choice:
+class Choice:
     """From logits to a token: processors, constraint, sampler; the tokens so far are kept for processors alone."""
 
     sampler: Sampler
@@ -125,11 +120,12 @@ class _Choice:
     cache: Sequence[LayerCache]
     in_flight: mx.array | None = field(default=None, init=False)  # a result of the newest step
 
-    def make(self, logits: mx.array, allowed: mx.array | None = None) -> Step:
-        """Start to compute the token that follows these logits (1, V), one of the `allowed` (V,)."""
+    def make(self, logits: mx.array, constraint: Constraint | None = None) -> Step:
+        """Start to compute the token that follows these logits (1, V), one that the constraint allows."""
         for process in self.processors:
             logits = process(self.seen, logits)
-        if allowed is not None:
+        if constraint is not None:
+            allowed = _fit(constraint.mask(), logits.shape[-1])
             logits = mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         token = self.sampler(logprobs)  # (1,)
@@ -152,7 +148,8 @@ class _Choice:
             mx.eval(self.in_flight)
 
 
-def _value(token: mx.array) -> int:
+def value_of(token: mx.array) -> int:
+    """The number of a token (1,), once it is computed."""
     value = token.item()
     assert isinstance(value, int)
     return value
@@ -169,7 +166,7 @@ def _fit(mask: NDArray[np.bool_], vocab_size: int) -> mx.array:
     return mx.array(fitted)
 
 
-def _prefill(
+def prefill(
     prompt: mx.array,
     model: LanguageModel[Cache],
     cache: Sequence[Cache],
@@ -212,6 +209,26 @@ def allowed_tokens(
             f"the prompt has {held} tokens, the model's context {context}; shorten the prompt"
         )
     return min(max_tokens, context - held + 1)
+
+
+def reserve(
+    prompt: mx.array, model: LanguageModel[Cache], cache: Sequence[Cache], max_tokens: int
+) -> int:
+    """Make room in the cache for the prompt and the tokens that follow it; how many may follow.
+
+    Raises: InvalidRequestError for a prompt that cannot be served.
+    """
+    max_tokens = allowed_tokens(prompt, model, cache, max_tokens)
+    for layer in cache:
+        layer.reserve(layer.offset + prompt.size + min(max_tokens, RESERVED))
+    return max_tokens
+
+
+def check_options(prefill_step_size: int, constraint: Constraint | None) -> None:
+    """Raise InvalidRequestError for no steps at all, or a constraint that was used up."""
+    _check_positive("prefill_step_size", prefill_step_size)
+    if constraint is not None and constraint.is_finished:
+        raise InvalidRequestError("the constraint has ended; make a new one for each generation")
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -14,7 +14,13 @@ import mlx.core as mx
 from mlx_edge.decoding.constraints import Constraint
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE, allowed_tokens, generate_step
 from mlx_edge.decoding.processors import LogitsProcessor
+from mlx_edge.decoding.proposers import Proposer, make_proposer
 from mlx_edge.decoding.sampling import Sampler
+from mlx_edge.decoding.speculation import (
+    DraftedStep,
+    Speculation,
+    speculative_generate_step,
+)
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import Cache, LanguageModel
 from mlx_edge.runtime import peak_memory_gb
@@ -31,13 +37,14 @@ class GenerationResponse:
     text: str
     token: int
     logprobs: mx.array  # (V,)
-    from_draft: bool
+    from_draft: bool  # it was proposed, and came true
     prompt_tokens: int
     prompt_tps: float  # prompt tokens per second, up to the first token
     generation_tokens: int
     generation_tps: float
     peak_memory: float  # 10^9 bytes
     finish_reason: FinishReason | None = None
+    speculation: Speculation | None = None  # None where nothing drafts
 
 
 def stream_generate(
@@ -53,6 +60,10 @@ def stream_generate(
     prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    draft_model: LanguageModel[Any] | None = None,
+    num_draft_tokens: int | None = None,
+    prompt_lookup: bool = False,
+    proposer: Proposer | None = None,
 ) -> Generator[GenerationResponse, None, None]:
     """Yield a response per token; the last one carries the finish reason.
 
@@ -63,6 +74,10 @@ def stream_generate(
     To cancel, close the generator (leaving a `for` loop drops it, which closes it too), or raise from the callback
     while the prompt is read; `generate_step` says what is then left.
 
+    A smaller `draft_model` with the same vocabulary, or `prompt_lookup` for text that repeats itself, proposes
+    up to `num_draft_tokens` tokens that one step then verifies: the same text in fewer steps. A `proposer` of
+    `make_proposer` in their place goes on with what it was told: for the turns of a conversation.
+
     Raises: InvalidRequestError for a prompt or an option that cannot be served.
     """
     tokens = encode_prompt(tokenizer, prompt)
@@ -70,7 +85,18 @@ def stream_generate(
     limit = allowed_tokens(tokens, model, cache, max_tokens)
     text = _TextStream(tokenizer, stop)
     clock = _Clock(tokens.size)
-    steps = generate_step(
+    asked = make_proposer(
+        model,
+        draft_model=draft_model,
+        num_draft_tokens=num_draft_tokens,
+        prompt_lookup=prompt_lookup,
+    )
+    if asked is not None and proposer is not None:
+        raise InvalidRequestError(
+            "a proposer was given, and a draft model or prompt lookup beside it; choose one of them"
+        )
+    steps = _generate_steps(
+        asked or proposer,
         tokens,
         model,
         max_tokens=limit,
@@ -82,24 +108,37 @@ def stream_generate(
         prompt_progress_callback=prompt_progress_callback,
     )
     with closing(steps):
-        for count, (token, logprobs) in enumerate(steps, start=1):
+        for count, step in enumerate(steps, start=1):
             clock.tick()
             is_complete = constraint is not None and constraint.is_finished
-            segment, finish = text.add(token, is_complete=is_complete, is_last=count == limit)
+            segment, finish = text.add(step.token, is_complete=is_complete, is_last=count == limit)
             yield GenerationResponse(
                 text=segment,
-                token=token,
-                logprobs=logprobs,
-                from_draft=False,
+                token=step.token,
+                logprobs=step.logprobs,
+                from_draft=step.from_draft,
                 prompt_tokens=tokens.size,
                 prompt_tps=clock.prompt_tps,
                 generation_tokens=count,
                 generation_tps=clock.generation_tps,
                 peak_memory=peak_memory_gb(),
                 finish_reason=finish,
+                speculation=step.speculation,
             )
             if finish:
                 return
+
+
+def _generate_steps(
+    proposer: Proposer | None, prompt: mx.array, model: LanguageModel[Cache], **options: Any
+) -> Generator[DraftedStep, None, None]:
+    """The steps of the loop that is asked for."""
+    if proposer is not None:
+        yield from speculative_generate_step(prompt, model, proposer, **options)
+        return
+    with closing(generate_step(prompt, model, **options)) as steps:
+        for token, logprobs in steps:
+            yield DraftedStep(token, logprobs)
 
 
 def generate(
@@ -127,10 +166,18 @@ def generate(
 
 
 def describe(response: GenerationResponse) -> str:
-    """The closing lines of a generation: speed of prompt and generation, peak memory."""
+    """The closing lines of a generation: speed of prompt and generation, what drafts brought, peak memory."""
+    drafting = ""
+    if (count := response.speculation) is not None:
+        per_pass = response.generation_tokens / max(1, count.forward_passes)
+        drafting = (
+            f"Drafts: {count.accepted} of {count.drafted} accepted, "
+            f"{per_pass:.2f} tokens per forward pass\n"
+        )
     return (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
+        f"{drafting}"
         f"Peak memory: {response.peak_memory:.3f} GB"
     )
 

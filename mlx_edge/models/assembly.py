@@ -11,6 +11,7 @@ from mlx_edge import ops
 from mlx_edge.errors import ModelFormatError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, Layer
+from mlx_edge.models.packing import Packer
 from mlx_edge.models.quantization import Packing
 from mlx_edge.models.rope import make_rope
 from mlx_edge.weights import Checkpoint
@@ -22,12 +23,18 @@ class Assembler:
     """Reads a model's tensors from a checkpoint, each once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, convert: Callable[[mx.array], mx.array]
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        convert: Callable[[mx.array], mx.array],
+        packer: Packer | None = None,
     ) -> None:
-        """`convert` is applied to every float tensor: the dtype that this machine computes in."""
+        """`convert` is applied to every float tensor: the dtype that this machine computes in. With a `packer`
+        weights are taken in the layout of the CPU kernels, as far as these serve them."""
         self._checkpoint = checkpoint
         self._config = config
         self._convert = convert
+        self._packer = packer
         self._unused = set(checkpoint.names())
 
     def assemble(self) -> Decoder:
@@ -97,30 +104,39 @@ class Assembler:
 
     def _linear(self, name: str, rows: int, columns: int, *, has_bias: bool = False) -> ops.Linear:
         packing = self._config.quantization.packing(name)
-        bias = self._float(f"{name}.bias", rows) if has_bias else None
+        if has_bias:
+            self._check(f"{name}.bias", FLOATS, (rows,))
+        bias = self._float(f"{name}.bias") if has_bias else None
         # A default packing covers what could be packed; MLX leaves other layers as floats.
         if packing is None or f"{name}.scales" not in self._unused:
-            return ops.Dense(self._float(f"{name}.weight", rows, columns), bias)
+            self._check(f"{name}.weight", FLOATS, (rows, columns))
+            return self._pack(name, bias) or ops.Dense(self._float(f"{name}.weight"), bias)
         return self._quantized(name, rows, columns, packing, bias)
+
+    def _pack(self, name: str, bias: mx.array | None) -> ops.Packed | None:
+        return None if self._packer is None else self._packer.pack(name, bias)
 
     def _quantized(
         self, name: str, rows: int, columns: int, packing: Packing, bias: mx.array | None
-    ) -> ops.Quantized:
+    ) -> ops.Linear:
         if columns % packing.group_size:
             raise ModelFormatError(
                 f"{name}: {columns} columns do not divide into groups of {packing.group_size}; "
                 "config.json's quantization does not belong to these weights"
             )
         groups = columns // packing.group_size
-        packs = self._take(f"{name}.weight", ("U32",), (rows, columns * packing.bits // 32))
         is_affine = packing.mode == "affine"
-        scales = f"{name}.scales"
+        self._check(f"{name}.weight", ("U32",), (rows, columns * packing.bits // 32))
+        self._check(f"{name}.scales", FLOATS if is_affine else ("U8",), (rows, groups))
+        if is_affine:
+            self._check(f"{name}.biases", FLOATS, (rows, groups))
+        if packed := self._pack(name, bias):
+            return packed
+        scales = self._checkpoint.read(f"{name}.scales")
         return ops.Quantized(
-            packs,
-            self._float(scales, rows, groups)
-            if is_affine
-            else self._take(scales, ("U8",), (rows, groups)),
-            self._float(f"{name}.biases", rows, groups) if is_affine else None,
+            self._checkpoint.read(f"{name}.weight"),
+            self._convert(scales) if is_affine else scales,
+            self._float(f"{name}.biases") if is_affine else None,
             packing.group_size,
             packing.bits,
             packing.mode,
@@ -128,12 +144,14 @@ class Assembler:
         )
 
     def _norm(self, name: str, size: int) -> ops.Norm:
-        return ops.Norm(self._float(f"{name}.weight", size), self._config.norm_eps)
+        self._check(f"{name}.weight", FLOATS, (size,))
+        return ops.Norm(self._float(f"{name}.weight"), self._config.norm_eps)
 
-    def _float(self, name: str, *shape: int) -> mx.array:
-        return self._convert(self._take(name, FLOATS, shape))
+    def _float(self, name: str) -> mx.array:
+        return self._convert(self._checkpoint.read(name))
 
-    def _take(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> mx.array:
+    def _check(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        """A tensor that is used: there, of this type and shape, and asked for once."""
         if name not in self._unused:
             raise ModelFormatError(
                 f"{self._checkpoint.folder}: tensor {name} is missing; "
@@ -146,7 +164,6 @@ class Assembler:
                 f"{self._checkpoint.folder}: tensor {name} is {entry.dtype} {list(entry.shape)}, "
                 f"expected {' or '.join(dtypes)} {list(shape)}"
             )
-        return self._checkpoint.read(name)
 
     def _refuse_unused(self) -> None:
         ignored = self._config.family.ignored_suffixes

@@ -66,8 +66,30 @@ class BridgedCache:
         """The arrays to evaluate after a step."""
         return _find_arrays(self.inner.state)
 
+    @property
+    def num_trimmable(self) -> int:
+        """How many positions the next step may bring that `trim` could take back; 0 where it cannot."""
+        if not self.inner.is_trimmable():
+            return 0
+        # A ring of mlx-lm can be trimmed until it is full.
+        max_size = getattr(self.inner, "max_size", None)
+        return MAX_CONTEXT if max_size is None else max(0, max_size - self.offset - 1)
+
     def reserve(self, capacity: int) -> None:
         """Nothing: mlx-lm's caches grow by themselves."""
+
+    def trim(self, count: int) -> None:
+        """Forget the newest `count` positions.
+
+        Raises: InvalidRequestError for more than are stored, or a kind of cache that cannot go back.
+        """
+        if not 0 <= count <= self.offset or (count and not self.inner.is_trimmable()):
+            raise InvalidRequestError(
+                f"{count} of {self.offset} positions cannot be forgotten by mlx-lm's {type(self.inner).__name__}"
+            )
+        if count:
+            self.inner.trim(count)
+        self.offset -= count
 
 
 @dataclass(frozen=True)

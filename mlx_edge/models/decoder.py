@@ -6,12 +6,14 @@ Knows the order of the blocks and where the new tokens stand; all mathematics is
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_edge import ops
-from mlx_edge.cache import KVCache, RowFormat, prepare_step
+from mlx_edge.cache import MAX_HEAD_DIM, KVCache, PagedKVCache, RowFormat, prepare_step
 from mlx_edge.errors import InvalidRequestError
+from mlx_edge.ops import uses_cpu_kernels
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.weights import Checkpoint, LoadReport
 
@@ -41,7 +43,7 @@ class Decoder:
     def __call__(
         self,
         tokens: mx.array,
-        cache: Sequence[KVCache] | None = None,
+        cache: Sequence[KVCache | PagedKVCache] | None = None,
         *,
         lengths: Sequence[int] | None = None,
     ) -> mx.array:
@@ -53,7 +55,7 @@ class Decoder:
         if cache is None:
             cache = self.make_cache()
         batch_size, width = tokens.shape
-        prepare_step(cache, width)
+        prepare_step(cache)
         starts = cache[0].offsets or (0,) * batch_size
         meta = ops.StepMeta(starts, tuple(lengths or (width,) * batch_size), width)
         x = ops.embed(tokens, self.embedding)
@@ -69,7 +71,7 @@ class Decoder:
         max_kv_size: int | None = None,
         row_format: RowFormat | None = None,
         float_until: int = 0,
-    ) -> list[KVCache]:
+    ) -> list[KVCache | PagedKVCache]:
         """An empty cache per layer, with room reserved for `capacity` positions.
 
         A layer that sees a window keeps no more than that. `max_kv_size` limits the others too: to the first
@@ -83,17 +85,25 @@ class Decoder:
                 f"max_kv_size is {max_kv_size}, expected more than the {KEPT_PREFIX} positions always kept"
             )
 
-        def make(window: int | None) -> KVCache:
+        def make(layer: ops.AttentionWeights) -> KVCache | PagedKVCache:
+            window = layer.window
             is_limited = limit is not None and (window is None or window > limit)
-            return KVCache(
-                capacity=capacity,
-                window=limit if is_limited else window,
-                keep=KEPT_PREFIX if is_limited else 0,
-                row_format=row_format,
-                float_until=float_until,
-            )
+            options: dict[str, Any] = {
+                "window": limit if is_limited else window,
+                "keep": KEPT_PREFIX if is_limited else 0,
+                "row_format": row_format,
+                "float_until": float_until,
+            }
+            if (
+                isinstance(layer.k, ops.Packed)
+                and uses_cpu_kernels()
+                and layer.head_dim <= MAX_HEAD_DIM
+            ):
+                is_float32 = layer.k.dtype == mx.float32
+                return PagedKVCache(dtype=mx.float32 if is_float32 else mx.float16, **options)
+            return KVCache(capacity=capacity, **options)
 
-        return [make(layer.attention.window) for layer in self.layers]
+        return [make(layer.attention) for layer in self.layers]
 
 
 def find_arrays(part: object) -> Iterator[mx.array]:

@@ -23,8 +23,18 @@ class LayerCache(Protocol):
     def arrays(self) -> list[mx.array]:
         """The arrays to evaluate after a step."""
 
+    @property
+    def num_trimmable(self) -> int:
+        """How many positions the next step may bring that `trim` could take back; 0 where it cannot."""
+
     def reserve(self, capacity: int) -> None:
         """Room for `capacity` positions will be needed."""
+
+    def trim(self, count: int) -> None:
+        """Forget the newest `count` positions, as if they had never come.
+
+        Raises: InvalidRequestError for more than can be forgotten.
+        """
 
 
 class ModelLimits(Protocol):

@@ -8,12 +8,14 @@ from typing import Any, Literal, overload
 
 import mlx.core as mx
 
+from mlx_edge import ops
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.assembly import Assembler
 from mlx_edge.models.bridge import BRIDGES, load_bridged
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, find_arrays
 from mlx_edge.models.interface import LanguageModel, ModelLimits
+from mlx_edge.models.packing import Packer
 from mlx_edge.runtime import convert_float, missing_native_part
 from mlx_edge.text import Tokenizer, load_tokenizer
 from mlx_edge.weights import Checkpoint
@@ -99,11 +101,15 @@ def load_model(folder: Path, *, lazy: bool = False) -> Decoder:
     """The model in a folder, without its tokenizer; raises as `load` does."""
     config = ModelConfig.from_folder(folder)
     with Checkpoint.open(folder) as checkpoint:
-        assembler = Assembler(checkpoint, config, convert_float)
-        model = assembler.assemble()
+        packer = Packer(checkpoint, config.quantization) if ops.uses_cpu_kernels() else None
+        model = Assembler(checkpoint, config, convert_float, packer).assemble()
         start = time.perf_counter()
         if not lazy:
             # All of them, also the packed ones and the views: what stays lazy can be used in this thread only.
             mx.eval(list(find_arrays(model)))
-        report = replace(checkpoint.report, convert_s=time.perf_counter() - start)
+        report = replace(
+            checkpoint.report,
+            convert_s=time.perf_counter() - start,
+            packed=packer.file.report if packer is not None and packer.file is not None else None,
+        )
     return replace(model, load_report=report)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
-from mlx_edge.ops.select import choose, observe, run, use
+from mlx_edge.ops.select import choose, observe, run, use, uses_cpu_kernels
 from mlx_edge.ops.types import (
     Activation,
     AttentionWeights,
@@ -21,7 +21,10 @@ from mlx_edge.ops.types import (
     Linear,
     MLPWeights,
     Norm,
+    Packed,
     PackedRows,
+    PagedHandle,
+    Precision,
     Quantized,
     Rope,
     Segment,
@@ -38,11 +41,15 @@ __all__ = [
     "Linear",
     "MLPWeights",
     "Norm",
+    "Packed",
     "PackedRows",
+    "PagedHandle",
+    "Precision",
     "Quantized",
     "Rope",
     "Segment",
     "StepMeta",
+    "argmax",
     "attention",
     "attention_block",
     "choose",
@@ -50,12 +57,14 @@ __all__ = [
     "glu",
     "head",
     "linear",
+    "log_softmax",
     "mlp_block",
     "observe",
     "reference",
     "rms_norm",
     "rotate",
     "use",
+    "uses_cpu_kernels",
 ]
 
 
@@ -124,4 +133,16 @@ def attention_block(
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     """One feed-forward layer with its norm and residual: (B, L, E) to (B, L, E)."""
     y: mx.array = run("mlp_block", x, weights)
+    return y
+
+
+def log_softmax(x: mx.array) -> mx.array:
+    """Log-probabilities of the logits x (..., V)."""
+    y: mx.array = run("log_softmax", x)
+    return y
+
+
+def argmax(x: mx.array) -> mx.array:
+    """Index of the largest of x (..., V), the first of equals: (...) int32."""
+    y: mx.array = run("argmax", x)
     return y

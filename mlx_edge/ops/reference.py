@@ -20,7 +20,9 @@ from mlx_edge.ops.types import (
     Linear,
     MLPWeights,
     Norm,
+    Packed,
     PackedRows,
+    Quantized,
     Rope,
     Segment,
     StepMeta,
@@ -33,20 +35,31 @@ SCORE_ELEMENTS = (
 
 def linear(x: mx.array, weights: Linear) -> mx.array:
     """x (..., E) times the transposed weight (N, E), plus its bias: (..., N) in x's dtype."""
+    weights = _restore(weights)
     if isinstance(weights, Dense):
-        y = x @ weights.weight.T
+        y = x @ weights.weight.astype(x.dtype).T
     else:
         y = mx.quantized_matmul(
             x,
             weights.weight,
-            weights.scales,
-            weights.offsets,
+            *_affine_in(x.dtype, weights),
             transpose=True,
             group_size=weights.group_size,
             bits=weights.bits,
             mode=weights.mode,
         )
     return y if weights.bias is None else y + weights.bias
+
+
+def _restore(weights: Linear) -> Dense | Quantized:
+    return weights.restore() if isinstance(weights, Packed) else weights
+
+
+def _affine_in(dtype: mx.Dtype, weights: Quantized) -> tuple[mx.array, mx.array | None]:
+    """Scales and offsets in the dtype to compute in; those of other modes are codes and stay."""
+    if weights.offsets is None:
+        return weights.scales, None
+    return weights.scales.astype(dtype), weights.offsets.astype(dtype)
 
 
 def rms_norm(x: mx.array, norm: Norm) -> mx.array:
@@ -221,7 +234,7 @@ def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
 
 def embed(tokens: mx.array, weights: Embedding) -> mx.array:
     """The table's rows (B, L, E) for int32 tokens (B, L)."""
-    table = weights.table
+    table = _restore(weights.table)
     if isinstance(table, Dense):
         return table.weight[tokens]
     return mx.dequantize(
@@ -239,6 +252,16 @@ def head(x: mx.array, weights: HeadWeights) -> mx.array:
     return linear(rms_norm(x, weights.norm), weights.projection)
 
 
+def log_softmax(x: mx.array) -> mx.array:
+    """x - log(sum(exp(x))) over the last axis."""
+    return x - mx.logsumexp(x, axis=-1, keepdims=True)
+
+
+def argmax(x: mx.array) -> mx.array:
+    """Index of the largest number along the last axis, the first of equals: int32."""
+    return mx.argmax(x, axis=-1).astype(mx.int32)
+
+
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     op.__name__: op
     for op in (
@@ -251,5 +274,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
         head,
         attention_block,
         mlp_block,
+        log_softmax,
+        argmax,
     )
 }

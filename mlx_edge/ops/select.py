@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any, Protocol
 
 from mlx_edge.errors import HardwareNotSupportedError, InvalidRequestError
+from mlx_edge.ops import cpu
 from mlx_edge.ops.reference import IMPLEMENTATIONS
 
 
@@ -70,7 +71,12 @@ REFERENCE = Backend(
     _nothing_missing,
     {op: Implementation(run, _never_refuses) for op, run in IMPLEMENTATIONS.items()},
 )
-BACKENDS: tuple[Backend, ...] = (REFERENCE,)  # fastest first; the reference is last
+CPU = Backend(
+    "cpu",
+    cpu.missing,
+    {op: Implementation(run, refuse) for op, (run, refuse) in cpu.OPS.items()},
+)
+BACKENDS: tuple[Backend, ...] = (CPU, REFERENCE)  # fastest first; the reference is last
 
 
 class Observer(Protocol):
@@ -128,6 +134,12 @@ def observe(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observer.reset(token)
+
+
+def uses_cpu_kernels() -> bool:
+    """Whether the CPU kernels are here and nobody asked for others: weights and caches are then made for them."""
+    forced = _forced.get() or _from_environment()
+    return forced in (None, CPU.name) and CPU.missing() is None
 
 
 def choose(op: str, *args: Any, **kwargs: Any) -> Choice:

@@ -5,14 +5,15 @@ families or devices. Shape letters: B batch, L new positions, S stored positions
 D head dim, E model dim, F feed-forward dim, V vocabulary, G group size, N rows of a weight.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
 Activation = Literal["silu", "gelu_tanh"]
+Precision = Literal["int8", "float"]  # of the activations that meet a quantized weight on a CPU
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,19 @@ class Quantized:
         return rows, packs * 32 // self.bits
 
 
-Linear = Dense | Quantized
+@dataclass(frozen=True)
+class Packed:
+    """A weight in the layout of the CPU kernels; `restore` reads it again as the checkpoint has it."""
+
+    handle: Any  # the kernels' own record
+    shape: tuple[int, int]  # (N, E)
+    weight_bytes: int  # that one pass reads
+    dtype: mx.Dtype  # of the scales, or of a float weight's elements
+    precision: Precision
+    restore: Callable[[], Dense | Quantized] = field(repr=False)
+
+
+Linear = Dense | Quantized | Packed
 
 
 @dataclass(frozen=True)
@@ -187,4 +200,16 @@ class KVHandle(Protocol):
 
     def extend(self, keys: mx.array, values: mx.array, meta: StepMeta) -> Sequence[Segment]:
         """Store the step's keys and values (B, K, L, D); return all that may be attended to, as stored."""
+        ...
+
+
+class PagedHandle(KVHandle, Protocol):
+    """A cache whose memory belongs to the CPU kernels, which append to it in place."""
+
+    ticket: (
+        mx.array | None
+    )  # computed when the newest step has been stored; the next one waits for it
+
+    def begin(self, num_heads: int, head_dim: int, meta: StepMeta) -> Any:
+        """The kernels' store, once the step's positions are known to follow; they count as stored."""
         ...

@@ -5,6 +5,7 @@ names there should be is for the floors above. No code from a model folder is ev
 pickle (.bin, .pt) is ever opened.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import MappingProxyType, TracebackType
 from typing import NoReturn
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_edge.weights.header import (
     GET_AGAIN,
@@ -34,8 +37,8 @@ _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.s
 class Checkpoint:
     """All tensors of a model folder under one roof; made by `Checkpoint.open`.
 
-    Use it as a context manager. On Metal keep the object as long as its arrays, also when closed
-    (`mapping.py` says why). Not thread-safe.
+    Use it as a context manager. Keep the object as long as its arrays, also when closed
+    (`mapping.py` says why). Not thread-safe, but for `check_unchanged`.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, SafetensorsFile]) -> None:
@@ -44,18 +47,20 @@ class Checkpoint:
         self._file_of = MappingProxyType(_place_tensors(folder, self._files))
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, *, use_mmap: bool = True) -> "Checkpoint":
         """Opens the safetensors files of the model in `folder` and checks their headers.
 
         These are the files that `model.safetensors.index.json` names; without one
-        `model.safetensors`; without that `model*.safetensors`, or else `*.safetensors`. Raises
-        ModelFormatError if there is none or they contradict.
+        `model.safetensors`; without that `model*.safetensors`, or else `*.safetensors`. With
+        `use_mmap=False` all tensors are copied. Raises ModelFormatError if there is no file or they
+        contradict.
         """
         if not folder.is_dir():
             fail(str(folder), "no folder of this name", "a model folder", "check the path")
         weight_map = _read_index(folder) if (folder / INDEX_NAME).exists() else None
         names = sorted(set(weight_map.values())) if weight_map is not None else _find_files(folder)
-        checkpoint = cls(folder, {name: SafetensorsFile(folder / name) for name in names})
+        files = {name: SafetensorsFile(folder / name, use_mmap=use_mmap) for name in names}
+        checkpoint = cls(folder, files)
         if weight_map is not None:
             checkpoint._check_index(weight_map)
         return checkpoint
@@ -71,6 +76,39 @@ class Checkpoint:
     def read(self, name: str) -> mx.array:
         """Returns a tensor as a new array; raises as `SafetensorsFile.read` does."""
         return self._find(name).read(name)
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        """Returns a tensor's bytes; as `SafetensorsFile.read_bytes`."""
+        return self._find(name).read_bytes(name)
+
+    def check_unchanged(self) -> None:
+        """Raises ModelFormatError if pages are shared with a file that was replaced, changed or removed since.
+
+        One system call a file, so that a server can ask at each request, closed or not. Files whose tensors were all
+        copied are not asked. What happens in the middle of a step is not found: whoever shortens a mapped file in
+        place ends the process (SIGBUS).
+        """
+        for file in self._files.values():
+            file.check_unchanged()
+
+    def lock_memory(self) -> int:
+        """Keeps all pages that are shared with the files so far in memory; returns their bytes.
+
+        They are read now, and stay until the last array on them is gone. Copies are not locked. Raises
+        MemoryBudgetError if the system does not allow it.
+        """
+        return sum(file.lock_memory() for file in self._files.values())
+
+    def fingerprint(self) -> str:
+        """Returns 32 hex digits that tell these weights from others, without reading them.
+
+        They cover each file's name, size, time of change, header and 32 samples of 4 KiB: an edit in place that keeps
+        size and time and misses all samples goes unseen. Raises InvalidRequestError if the checkpoint is closed.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name, file in sorted(self._files.items()):
+            digest.update(name.encode() + b"\0" + file.fingerprint())
+        return digest.hexdigest()
 
     @property
     def metadata(self) -> Mapping[str, str]:

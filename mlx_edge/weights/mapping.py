@@ -1,31 +1,29 @@
-"""Arrays that are views of a mapped file, where MLX can: on Metal, whose buffers may wrap pages.
+"""Arrays that are views of a mapped file: the plan, and the cutting.
 
-Plans which byte ranges of a file become one buffer (pure functions), asks MLX to adopt them, and
-cuts tensors out of them. Knows no header and no folder. On other devices MLX 0.32 has no
-`make_buffer`, and everything is copied elsewhere.
+Plans which byte ranges of a file become one buffer (pure functions), has them adopted when a tensor
+in them is first asked for, and cuts tensors out of them. Knows no header, no folder, and not how
+MLX adopts pages on this machine: that is `adoption.py`.
 
 How a tensor becomes a view (nothing below moves a byte; all of it is slices, views and reshapes of
 contiguous arrays):
 
     file    | header | q_proj | k_proj |  ...  |          one mapping of the whole file, read-only
-    run     [page            ...           page)          whole pages, <= 4 GiB: one Metal buffer
+    run     [page            ...           page)          whole pages, <= 4 GiB: one buffer
     base    uint32[(end - begin) / 4]                     because MLX counts elements in int32
     tensor  base[words].view(its type)[lead:].reshape     `lead`: elements before it in its word
 
-Lifetimes. The buffer keeps the pages: MLX's deleter owns the numpy array, that owns the mapping.
-The base array must be kept as well, by whoever holds `SharedRuns`, for as long as the tensors: MLX
-may write a result into an input that nobody else holds, and these pages cannot be written.
+Lifetimes. MLX's buffer keeps the pages, whatever becomes of the mapping and of the file's name. The
+base array is kept as well, by whoever holds `SharedRuns`: only then is it sure that MLX, which may
+write a result into an input that nobody else holds, leaves these pages alone. Where that happens
+all the same, Linux gives it a copy of the page, and Metal has no such guard.
 """
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from mmap import PAGESIZE, mmap
-from typing import Any
+from mmap import PAGESIZE
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
 from mlx_edge.weights.header import MAX_DIM, TensorEntry
@@ -33,7 +31,6 @@ from mlx_edge.weights.header import MAX_DIM, TensorEntry
 logger = logging.getLogger(__name__)
 
 MAX_RUN_BYTES = 4 * 2**30
-NOT_ON_THIS_PLATFORM = "this platform cannot map into MLX yet"
 UNALIGNED = "not aligned in the file, `convert --realign` mends that"
 TOO_LARGE = "larger than one buffer"
 NOT_A_VIEW = "F64 and BOOL are always copied"
@@ -57,11 +54,6 @@ class Run:
     def holds(self, entry: TensorEntry) -> bool:
         """True if the whole tensor lies in this run."""
         return self.begin <= entry.begin and entry.end <= self.end
-
-
-def platform_can_share() -> bool:
-    """True where MLX can adopt mapped pages and would use them: Metal, the GPU being default."""
-    return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
 
 
 def why_copy(entry: TensorEntry, *, max_run_bytes: int = MAX_RUN_BYTES) -> str | None:
@@ -106,11 +98,6 @@ def plan_runs(
     return runs
 
 
-def adopt_pages(pages: NDArray[np.uint32]) -> mx.array:
-    """Returns an array on the same memory as `pages`; raises where MLX would have to copy."""
-    return mx.asarray(pages, copy=False)
-
-
 class SharedRuns:
     """The buffers over one mapped file, each adopted when a tensor in it is first asked for.
 
@@ -119,13 +106,12 @@ class SharedRuns:
 
     def __init__(
         self,
-        mapping: mmap,
         entries: Iterable[TensorEntry],
+        adopt: Callable[[Run], mx.array],
         *,
         max_run_bytes: int = MAX_RUN_BYTES,
-        adopt: Callable[[NDArray[np.uint32]], mx.array] = adopt_pages,
     ) -> None:
-        self._mapping = mapping
+        """`adopt` returns the bytes of a run as a uint32 array without copying them, or raises."""
         self._max_run_bytes = max_run_bytes
         self._adopt = adopt
         shareable = (e for e in entries if why_copy(e, max_run_bytes=max_run_bytes) is None)
@@ -143,10 +129,14 @@ class SharedRuns:
         base = self._bases[run]
         return REFUSED if base is None else cut_tensor(base, entry, run_begin=run.begin)
 
+    @property
+    def bases(self) -> list[mx.array]:
+        """The buffers that were adopted so far: uint32 arrays, each one run."""
+        return [base for base in self._bases.values() if base is not None]
+
     def _make_base(self, run: Run) -> mx.array | None:
-        pages: NDArray[np.uint32] = np.asarray(_Pages(self._mapping, run))
         try:
-            return self._adopt(pages)
+            return self._adopt(run)
         except (ValueError, RuntimeError, TypeError) as error:
             logger.warning(
                 "cannot share %d mapped bytes, they will be copied: %s", run.num_bytes, error
@@ -158,7 +148,7 @@ def cut_tensor(base: mx.array, entry: TensorEntry, *, run_begin: int) -> mx.arra
     """Returns the tensor that lies in a uint32 array over the file's bytes from `run_begin` on.
 
     The tensor must be aligned to its element size and not empty. Only slices, views and reshapes:
-    no copy on Metal.
+    none copies.
     """
     element = ELEMENT_TYPES[entry.dtype]
     # Widened to whole elements, or an 8-byte type would start in the middle of one.
@@ -168,26 +158,6 @@ def cut_tensor(base: mx.array, entry: TensorEntry, *, run_begin: int) -> mx.arra
     lead = (entry.begin - run_begin - begin) // element.size
     flat = base[begin // _WORD_BYTES : end // _WORD_BYTES].view(element.mlx)
     return flat[lead : lead + entry.num_bytes // element.size].reshape(entry.shape)
-
-
-class _Pages:
-    """Pages of a mapping for numpy, rounded up past the file's end (where they read as zero).
-
-    Python's own buffer of a mapping ends with the file, but Metal adopts only whole pages. The
-    numpy array holds this object and this object holds the mapping, so that the pages live as long
-    as the array.
-    """
-
-    def __init__(self, mapping: mmap, run: Run) -> None:
-        self._whole_file = np.frombuffer(
-            mapping, dtype=np.uint8
-        )  # an export: the mapping cannot be closed under it
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "data": (self._whole_file.ctypes.data + run.begin, True),  # True: read-only
-            "shape": (run.num_bytes // _WORD_BYTES,),
-            "typestr": np.dtype(np.uint32).str,
-        }
 
 
 def _page_span(entry: TensorEntry, page_bytes: int) -> tuple[int, int]:

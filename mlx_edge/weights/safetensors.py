@@ -1,31 +1,38 @@
 """One safetensors file, mapped: its table of tensors, and each as an array when asked for.
 
 Where MLX can adopt mapped pages a tensor is a view of the file; elsewhere, and where its address is
-not aligned, it is copied once, straight out of the mapping, and counted. Knows no folder, no shard
-index and no model.
+not aligned, it is copied once and counted. Knows no folder, no shard index and no model.
 
 A mapping shows the file as it is, not as it was: whoever shortens a file in place while it is
 mapped takes pages away, and the operating system ends a process that touches one (SIGBUS). The size
-is checked when the file is opened and again before each read, which catches all but a race.
-Replacing a file under its name, as our writer does, is always safe.
+is checked when the file is opened and again before each read, and by `check_unchanged` whenever it
+is called, which catches all but a race. With `use_mmap=False` every tensor is read, not mapped, and
+what happens to the file afterwards does not matter. Replacing a file under its name, as our writer
+does, is always safe.
 """
 
 import mmap
+import os
 import stat
 import time
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mlx_edge.errors import InvalidRequestError
+from mlx_edge.weights.adoption import NOT_ASKED_FOR, Adopt, find_adoption
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
 from mlx_edge.weights.header import GET_AGAIN, TensorEntry, fail, parse_header, show
-from mlx_edge.weights.mapping import NOT_ON_THIS_PLATFORM, SharedRuns, platform_can_share
+from mlx_edge.weights.identity import FileIdentity, fingerprint_file
+from mlx_edge.weights.locking import find_address, lock_pages
+from mlx_edge.weights.mapping import UNALIGNED, SharedRuns
 from mlx_edge.weights.report import LoadReport
 
 
@@ -33,21 +40,24 @@ class SafetensorsFile:
     """An open safetensors file. Use it as a context manager, or call `close`.
 
     Opening checks the whole header and touches no tensor. A broken file raises ModelFormatError and
-    nothing else. On Metal keep the object as long as its arrays, also when closed (`mapping.py`
-    says why). Not thread-safe.
+    nothing else. Keep the object as long as its arrays, also when closed (`mapping.py` says why).
+    Not thread-safe.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
+        """`use_mmap=False` has every tensor copied."""
         self.path = path
         started = time.perf_counter()
-        self._mapping: mmap.mmap | None = _map_file(path)
+        self._descriptor, self._identity = _open_file(path)
+        self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
+        self._mapping: mmap.mmap | None = _map_file(path, self._descriptor, self._identity)
         self._map_s = time.perf_counter() - started
         started = time.perf_counter()
         self._header = parse_header(str(path), self._mapping)
         self._parse_s = time.perf_counter() - started
-        self._runs = (
-            SharedRuns(self._mapping, self.tensors.values()) if platform_can_share() else None
-        )
+        self._use_mmap = use_mmap
+        adopt = find_adoption() if use_mmap else NOT_ASKED_FOR
+        self._runs = adopt if isinstance(adopt, str) else self._plan_runs(adopt)
         self._shared_names: set[str] = set()
         self._copied_bytes = 0
         self._reasons: dict[str, None] = {}  # a set that keeps its order
@@ -77,33 +87,66 @@ class SafetensorsFile:
             reasons=tuple(self._reasons),
         )
 
+    def check_unchanged(self) -> None:
+        """Raises ModelFormatError if pages are shared with a file that was replaced, changed or removed since."""
+        if self._shared_names:
+            self._identity.check_unchanged(self.path)
+
+    def lock_memory(self) -> int:
+        """Keeps all pages that are shared with the file in memory, reading them now; returns their bytes.
+
+        Raises MemoryBudgetError if the system does not allow it. Ends with the last array on the pages.
+        """
+        bases = [] if isinstance(self._runs, str) else self._runs.bases
+        return sum(lock_pages(find_address(base), base.nbytes, str(self.path)) for base in bases)
+
+    def fingerprint(self) -> bytes:
+        """Returns 16 bytes that tell this file from others, see `fingerprint_file`; the file must be open."""
+        mapping = self._open_mapping()
+        header_bytes = 8 + int.from_bytes(mapping[:8], "little")
+        return fingerprint_file(self._identity, mapping, header_bytes=header_bytes)
+
     def read(self, name: str) -> mx.array:
         """Returns one tensor in the shape and type of the file.
 
         Each call makes a new array; nothing is kept here. Raises ModelFormatError if the file has
         no such tensor or became shorter since it was opened, InvalidRequestError if it is closed.
         """
-        if self._mapping is None:
-            raise InvalidRequestError(
-                f"{self.path}: the file is closed; read its tensors before closing it"
-            )
+        mapping = self._open_mapping()
         entry = self.tensors.get(name)
         if entry is None:
             found = f"no tensor {show(name)} among {len(self.tensors)}"
             fail(
                 str(self.path), found, "it to be there", "check that file and model belong together"
             )
-        if self._mapping.size() < entry.end:
-            found = f"{self._mapping.size()} bytes, fewer than when it was opened"
-            fail(str(self.path), found, "an unchanged file", GET_AGAIN)
         started = time.perf_counter()
-        array = self._materialise(self._mapping, entry)
+        array = self._materialise(mapping, entry)
         self._materialise_s += time.perf_counter() - started
         return array
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        """Returns one tensor's bytes as they lie in the file: a view of the mapping, aligned to its elements, or a copy.
+
+        A view is counted as shared and keeps the mapping. Raises as `read` does.
+        """
+        mapping = self._open_mapping()
+        entry = self.tensors[name]
+        if not self._use_mmap:
+            data = self._read_bytes(entry)
+        else:
+            data = np.frombuffer(mapping, np.uint8, entry.num_bytes, entry.begin)
+            if data.ctypes.data % ELEMENT_TYPES[entry.dtype].size == 0:
+                self._shared_names.add(name)
+                return data
+            self._reasons[UNALIGNED] = None
+            data = data.copy()
+        self._copied_bytes += entry.num_bytes
+        return data
 
     def close(self) -> None:
         """Ends reading. Arrays stay valid: pages are unmapped when the last one on them is gone."""
         self._mapping = None
+        self._close_descriptor()
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -116,45 +159,93 @@ class SafetensorsFile:
     ) -> None:
         self.close()
 
+    def _open_mapping(self) -> mmap.mmap:
+        """The mapping, with all its bytes behind it."""
+        if self._mapping is None:
+            raise InvalidRequestError(
+                f"{self.path}: the file is closed; read its tensors before closing it"
+            )
+        if self._mapping.size() < self._identity.num_bytes:
+            found = f"{self._mapping.size()} bytes, fewer than when it was opened"
+            fail(str(self.path), found, "an unchanged file", GET_AGAIN)
+        return self._mapping
+
+    def _plan_runs(self, adopt: Adopt) -> SharedRuns:
+        assert self._mapping is not None
+        bound = partial(adopt, self._mapping, self._descriptor)
+        return SharedRuns(self.tensors.values(), bound)
+
     def _materialise(self, mapping: mmap.mmap, entry: TensorEntry) -> mx.array:
         if entry.num_bytes == 0:
             return mx.zeros(entry.shape, dtype=ELEMENT_TYPES[entry.dtype].mlx)
-        shared = NOT_ON_THIS_PLATFORM if self._runs is None else self._runs.view(entry)
+        shared = self._runs if isinstance(self._runs, str) else self._runs.view(entry)
         if isinstance(shared, mx.array):
             self._shared_names.add(entry.name)
             return shared
         self._reasons[shared] = None
         self._copied_bytes += entry.num_bytes
-        return _copy_tensor(mapping, entry)
+        data = mapping if self._use_mmap else self._read_bytes(entry)
+        return _copy_tensor(data, entry, begin=entry.begin if self._use_mmap else 0)
+
+    def _read_bytes(self, entry: TensorEntry) -> NDArray[np.uint8]:
+        data = np.empty(entry.num_bytes, np.uint8)
+        done = 0
+        while done < entry.num_bytes:
+            try:
+                count = os.preadv(self._descriptor, [data[done:].data], entry.begin + done)
+            except OSError as error:
+                found = f"that it cannot be read ({error.strerror})"
+                fail(str(self.path), found, "a readable file", "check the disk")
+            if count == 0:
+                fail(str(self.path), "that it became shorter", "an unchanged file", GET_AGAIN)
+            done += count
+        return data
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    """The whole file, read-only; as copy-on-write, a GPU that wires pages might copy them all."""
+def _open_file(path: Path) -> tuple[int, FileIdentity]:
+    """The descriptor of a regular file that has bytes, and what it is now."""
     try:
         # Asked before opening: to open a pipe is to wait for its writer, maybe forever.
         if not stat.S_ISREG(path.stat().st_mode):
             fail(str(path), "something that is not a file", "a safetensors file", "check the path")
-        with path.open("rb") as file:
-            if file.seek(0, 2) == 0:  # an empty file cannot be mapped
-                fail(str(path), "an empty file", "a safetensors file", GET_AGAIN)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        identity = FileIdentity.of(os.fstat(descriptor))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        fail(str(path), f"that it cannot be opened ({reason})", "a readable file", "check the path")
+        _fail_to_open(path, error)
+    return descriptor, identity
 
 
-def _copy_tensor(mapping: mmap.mmap, entry: TensorEntry) -> mx.array:
-    """The tensor in MLX's own memory: one copy, straight from the mapping, aligned or not."""
+def _map_file(path: Path, descriptor: int, identity: FileIdentity) -> mmap.mmap:
+    """The whole file, read-only; as copy-on-write, a GPU that wires pages might copy them all."""
+    if identity.num_bytes == 0:  # an empty file cannot be mapped
+        fail(str(path), "an empty file", "a safetensors file", GET_AGAIN)
+    try:
+        return mmap.mmap(descriptor, identity.num_bytes, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        _fail_to_open(path, error)
+
+
+def _fail_to_open(path: Path, error: OSError | ValueError) -> NoReturn:
+    reason = getattr(error, "strerror", None) or str(error)
+    fail(str(path), f"that it cannot be opened ({reason})", "a readable file", "check the path")
+
+
+def _copy_tensor(
+    data: mmap.mmap | NDArray[np.uint8], entry: TensorEntry, *, begin: int
+) -> mx.array:
+    """The tensor at `begin` of `data` in MLX's own memory: one copy, aligned or not."""
     if entry.dtype == "BOOL":  # a byte other than 0 and 1 is mended: it is neither true nor false
-        return mx.array(_look_at(mapping, entry, np.uint8) != 0)
+        return mx.array(_look_at(data, entry, np.uint8, begin=begin) != 0)
     element = ELEMENT_TYPES[entry.dtype]
-    seen = _look_at(mapping, entry, element.numpy)
+    seen = _look_at(data, entry, element.numpy, begin=begin)
     if entry.dtype == "BF16":
         return mx.array(seen).view(element.mlx)
     return mx.array(seen, dtype=element.mlx)
 
 
-def _look_at(mapping: mmap.mmap, entry: TensorEntry, dtype: DTypeLike) -> NDArray[Any]:
-    """A read-only numpy view of a tensor's bytes in the mapping; it may be unaligned."""
+def _look_at(
+    data: mmap.mmap | NDArray[np.uint8], entry: TensorEntry, dtype: DTypeLike, *, begin: int
+) -> NDArray[Any]:
+    """A read-only numpy view of a tensor's bytes; it may be unaligned."""
     count = entry.num_bytes // np.dtype(dtype).itemsize
-    return np.frombuffer(mapping, dtype=dtype, count=count, offset=entry.begin).reshape(entry.shape)
+    return np.frombuffer(data, dtype=dtype, count=count, offset=begin).reshape(entry.shape)

@@ -34,7 +34,7 @@ class Checked:
         keys, values = (mx.random.normal((batch, KV_HEADS, width, DIM)) for _ in range(2))
         q = mx.random.normal((batch, HEADS, width, DIM))
         meta = ops.StepMeta(self.cache.offsets or (0,) * batch, lengths, width)
-        prepare_step([self.cache], width)
+        prepare_step([self.cache])
         segments = self.cache.extend(keys, values, meta)
         found = ops.attention(q, segments, meta, scale=SCALE)
         mx.eval(found, self.cache.arrays)
@@ -196,7 +196,7 @@ class Attending:
 
     def step(self, rows: mx.array) -> mx.array:
         width, start = rows.shape[2], self.caches[0].offset
-        prepare_step(self.caches, width)
+        prepare_step(self.caches)
         meta = ops.StepMeta.uniform(start, batch_size=1, width=width)
         last = ops.StepMeta.uniform(start + width - 1, batch_size=1, width=1)
         x = rows
@@ -280,3 +280,102 @@ def test_rows_become_packed_where_asked(kind: dict[str, Any]) -> None:
         assert (cache.row_format != packed) == was_float
         # Floats until then, the same packs from then on.
         assert np.allclose(oracle.f64(found), oracle.f64(wanted), atol=0.05 if was_float else 1e-6)
+
+
+def run_alike(
+    caches: list[KVCache], lengths: tuple[int, ...], width: int | None = None
+) -> list[np.ndarray]:
+    """The same random step on each; what attention gives."""
+    batch, width = len(lengths), width or max(lengths)
+    keys, values = (mx.random.normal((batch, KV_HEADS, width, DIM)) for _ in range(2))
+    q = mx.random.normal((batch, HEADS, width, DIM))
+    found = []
+    for cache in caches:
+        meta = ops.StepMeta(cache.offsets or (0,) * batch, lengths, width)
+        prepare_step([cache])
+        y = ops.attention(q, cache.extend(keys, values, meta), meta, scale=SCALE)
+        mx.async_eval(y, cache.arrays)
+        found.append(np.concatenate([np.array(y)[b, :, :n].ravel() for b, n in enumerate(lengths)]))
+    return found
+
+
+TRIMMED: dict[str, dict[str, Any]] = {
+    **KINDS,
+    "packed later": {"row_format": QuantizedRows(8, 32), "float_until": 60},
+    "packed later window": {
+        "row_format": QuantizedRows(4, 32),
+        "float_until": 60,
+        "window": 33,
+        "keep": 5,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", TRIMMED)
+@pytest.mark.parametrize("start", [1, 29, 32, 40, 70])
+def test_a_trimmed_cache_never_saw_the_rejected_rows(kind: str, start: int) -> None:
+    drafting, plain = KVCache(**TRIMMED[kind]), KVCache(**TRIMMED[kind])
+    run_alike([drafting, plain], (start,))
+    for step in range(40):
+        num_drafts = min((3 * step) % 16, drafting.num_trimmable - 1)
+        kept = min((5 * step) % 4, num_drafts) + 1
+        run_alike([drafting], (num_drafts + 1,))
+        drafting.trim(num_drafts + 1)
+        assert drafting.offset == plain.offset
+        run_alike([drafting, plain], (kept,))
+        found, wanted = run_alike([drafting, plain], (1,))
+        assert np.array_equal(found, wanted)
+        if step % 8 == 0:
+            states = [cache.state() for cache in (drafting, plain)]
+            assert states[0].facts == states[1].facts
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(TRIMMED)), st.data())
+def test_single_steps_and_chunks_are_taken_back(kind: str, data: st.DataObject) -> None:
+    drafting, plain = KVCache(**TRIMMED[kind]), KVCache(**TRIMMED[kind])
+    for lengths in data.draw(st.lists(st.tuples(*[st.integers(1, 70)] * 2), max_size=3)):
+        run_alike([drafting, plain], lengths)
+    for _ in range(4):
+        cuts = data.draw(st.lists(st.integers(1, 45), min_size=1, max_size=5))
+        kept = drafting.offset
+        for width in cuts:
+            run_alike([drafting], (width, width))
+        try:
+            drafting.trim(sum(cuts))
+        except InvalidRequestError as error:
+            is_packed = kept < drafting._float_until <= drafting.offset
+            assert is_packed or (drafting.window and sum(cuts) > TAIL), error
+            return
+        found, wanted = run_alike([drafting, plain], (1, 1))
+        assert np.array_equal(found, wanted)
+
+
+def test_rows_are_trimmed_each_by_its_own_count() -> None:
+    drafting, plain = KVCache(), KVCache()
+    run_alike([drafting, plain], (30, 70))
+    for _ in range(12):
+        mx.random.seed(drafting.offset)
+        run_alike([drafting], (4, 4))
+        drafting.trim((3, 1))
+        mx.random.seed(plain.offset)
+        run_alike([plain], (1, 3), width=4)
+        found, wanted = run_alike([drafting, plain], (1, 1))
+        assert np.array_equal(found, wanted)
+    assert drafting.offsets == (54, 118)
+
+
+def test_what_was_overwritten_cannot_be_brought_back() -> None:
+    cache = KVCache(window=33)
+    for _ in range(200):
+        run_alike([cache], (1,))
+    with pytest.raises(InvalidRequestError, match="window of 33 cannot go back to position 100"):
+        cache.trim(100)
+    with pytest.raises(InvalidRequestError, match=r"\(200,\) are stored"):
+        cache.trim(201)
+    with pytest.raises(InvalidRequestError, match="-1 positions"):
+        cache.trim(-1)
+    cache.trim(TAIL)
+    with pytest.raises(InvalidRequestError, match="cannot go back"):
+        cache.trim(TAIL)
+    assert cache.offset == 200 - TAIL

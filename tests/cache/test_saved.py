@@ -46,7 +46,7 @@ def step(caches: list[KVCache], lengths: tuple[int, ...]) -> list[np.ndarray]:
     results = []
     for cache in caches:
         meta = ops.StepMeta(cache.offsets or (0,) * batch, lengths, width)
-        prepare_step([cache], width)
+        prepare_step([cache])
         found = ops.attention(q, cache.extend(keys, values, meta), meta, scale=0.2)
         mx.eval(found, cache.arrays)
         results.append([np.array(found)[row, :, :n] for row, n in enumerate(lengths)])

@@ -176,7 +176,7 @@ def test_attention_block(case: BlockCase) -> None:
     kv, past = KVCache(), None
     for width in case.steps:
         x = normal(case.batch, width, case.hidden)
-        prepare_step([kv], width)
+        prepare_step([kv])
         meta = ops.StepMeta.uniform(kv.offset, batch_size=case.batch, width=width)
         found = ops.attention_block(x, weights, kv, rope, meta)
         wanted, past = oracle.attention_block(oracle.f64(x), weights, rope, past)

@@ -1,6 +1,6 @@
 """The line never claims more sharing than was counted."""
 
-from mlx_edge.weights import LoadReport, format_bytes
+from mlx_edge.weights import LoadReport, PackReport, format_bytes
 
 
 def test_line_of_a_copied_model():
@@ -29,6 +29,14 @@ def test_combine_adds_and_keeps_each_reason_once():
     total = LoadReport.combine([part, part, LoadReport(reasons=("b",))])
     assert total == LoadReport(2, 20, 8, 12, 1.0, 0.5, 0.25, 2.0, reasons=("a", "b"))
     assert LoadReport.combine([]) == LoadReport()
+
+
+def test_packed_weights_are_told_apart_from_those_of_the_file():
+    pack = PackReport(691_000_000, "/cache/x.pack", "reused", 0.0035)
+    line = LoadReport(1, 8, 8, 0, packed=pack).summary()
+    assert line.endswith("; repacked: 691.0 MB reused in /cache/x.pack, 3.5 ms")
+    assert LoadReport.combine([LoadReport(), LoadReport(packed=pack)]).packed == pack
+    assert "repacked" not in LoadReport(1, 8, 8, 0).summary()
 
 
 def test_sizes():

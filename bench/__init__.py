@@ -1,0 +1,1 @@
+"""Measurements: programs that take turns on one machine, and how each figure is made."""

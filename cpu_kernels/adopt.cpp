@@ -1,0 +1,105 @@
+// Weights that are views of their file, where MLX's allocator knows only memory of its own.
+//
+//     reserved  | page: ..... size word | pages of the file ........ |
+//                                       ^ what the array calls its data
+//
+// MLX's CPU allocator keeps the size of a buffer in the word before its data. One page more than the file needs is
+// reserved, the word is written at its end, and the file is mapped right behind it; a deleter takes the whole
+// reservation back. Whether the installed MLX has this layout is tried out before.
+//
+// The mapping is private and may be written, as any memory behind an array: a numpy view of it can be assigned to, and
+// an MLX before 0.32.4 wrote results into inputs that nobody else held. Such a page becomes this process's own copy; the
+// file and other processes never see it. Pages that are only read stay shared.
+
+#include "adopt.h"
+
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "mlx/allocator.h"
+
+namespace mx = mlx::core;
+
+namespace mlx_edge {
+namespace {
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(std::string("cannot share the file's pages: ") + what);
+}
+
+void require_call(bool succeeded, const char* call) {
+  if (!succeeded) {
+    throw std::runtime_error(std::string("cannot share the file's pages: ") + call + ": " + std::strerror(errno));
+  }
+}
+
+// Whether a buffer of the installed MLX is a size word and, right behind it, the data.
+bool has_size_word() {
+  constexpr size_t num_bytes = 24;
+  const mx::allocator::Data data = mx::allocator::malloc(num_bytes);
+  mx::allocator::Buffer buffer = data.buffer();
+  const auto* word = static_cast<const size_t*>(buffer.ptr());
+  return word && static_cast<const void*>(word + 1) == buffer.raw_ptr() && *word == num_bytes;
+}
+
+// Address space, given back unless it was released to somebody else.
+class Reservation {
+ public:
+  explicit Reservation(size_t num_bytes)
+      : begin_(mmap(nullptr, num_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)),
+        num_bytes_(num_bytes) {
+    require_call(begin_ != MAP_FAILED, "mmap");
+  }
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+  ~Reservation() {
+    if (begin_) munmap(begin_, num_bytes_);
+  }
+  std::byte* begin() const { return static_cast<std::byte*>(begin_); }
+  void release() { begin_ = nullptr; }
+
+ private:
+  void* begin_;
+  size_t num_bytes_;
+};
+
+}  // namespace
+
+mx::array adopt_pages(int descriptor, int64_t begin, int64_t num_bytes) {
+  static const bool is_known = has_size_word();
+  require(is_known, "the installed MLX lays out its memory in another way");
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  require(begin >= 0 && begin % page == 0 && num_bytes > 0 && num_bytes % page == 0, "they are not whole pages");
+  require(num_bytes / 4 <= std::numeric_limits<int>::max(), "MLX counts elements in 32 bits");
+  struct stat info;
+  require_call(fstat(descriptor, &info) == 0, "fstat");
+  require(num_bytes - page < info.st_size - begin, "they lie behind the end of the file");
+
+  const size_t reserved_bytes = page + num_bytes;
+  Reservation reservation(reserved_bytes);
+  std::byte* const start = reservation.begin();
+  std::byte* const data = start + page;
+  std::byte* const word = data - sizeof(size_t);
+  require_call(mprotect(start, page, PROT_READ | PROT_WRITE) == 0, "mprotect");
+  const size_t size = num_bytes;
+  std::memcpy(word, &size, sizeof(size));
+  // Without a reserve: otherwise a file larger than the memory could be refused, though nothing is written.
+  const int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
+  require_call(mmap(data, num_bytes, PROT_READ | PROT_WRITE, flags, descriptor, begin) != MAP_FAILED, "mmap");
+
+  mx::allocator::Data owner(mx::allocator::Buffer(word),
+                            [start, reserved_bytes](mx::allocator::Buffer) { munmap(start, reserved_bytes); });
+  reservation.release();
+  return mx::array(std::move(owner), mx::Shape{static_cast<int>(num_bytes / 4)}, mx::uint32);
+}
+
+}  // namespace mlx_edge

@@ -1,0 +1,324 @@
+#include "blocks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "pool.h"
+#include "products.h"
+
+namespace mlx_edge {
+namespace {
+
+constexpr int COLUMNS = 128;    // of the MLP shared out at once: whole groups of any size
+constexpr int ELEMENTS = 8192;  // of a long vector shared out at once
+constexpr int QUERY_TILE = 64;  // queries that attend together: what a page is converted for
+
+// Calls work(first row, count) for slices of `num_rows`.
+template <class Work>
+void in_slices(int num_rows, Work&& work) {
+  for (int begin = 0; begin < num_rows; begin += SLICE) work(begin, std::min(SLICE, num_rows - begin));
+}
+
+float* norm_rows(Pool& pool, Workspace& space, const Norm& norm, const float* x, int count) {
+  const int size = static_cast<int>(norm.weight.size());
+  float* h = space.normed.take(static_cast<size_t>(count) * size);
+  pool.run(count, piece_of(pool, count), [&](int begin, int end) {
+    for (int m = begin; m < end; m++)
+      kernels().rms_norm(x + static_cast<size_t>(m) * size, norm.weight.data(), norm.eps,
+                         h + static_cast<size_t>(m) * size, size);
+  });
+  return h;
+}
+
+// A run of positions of one row of the batch inside a slice.
+struct Span {
+  int row;       // of the batch
+  int first;     // row of the slice it begins at
+  int position;  // of that row
+  int count;     // rows, padding included
+  int stored;    // of them, those that are real
+};
+
+std::vector<Span> spans_of(const Step& step, int begin, int count) {
+  std::vector<Span> spans;
+  for (int m = begin; m < begin + count;) {
+    const int row = m / step.width, column = m % step.width;
+    const int length = std::min(step.width - column, begin + count - m);
+    const int stored = std::clamp(step.lengths[row] - column, 0, length);
+    spans.push_back({row, m - begin, step.starts[row] + column, length, stored});
+    m += length;
+  }
+  return spans;
+}
+
+// One slice of rows on its way through an attention layer: q, k and v heads side by side in a row of `heads`.
+class AttentionSlice {
+ public:
+  AttentionSlice(const AttentionLayer& layer, Pool& pool, Workspace& space, KVStore& kv, std::vector<Span> spans,
+                 float* heads, float* attended)
+      : layer_(layer), pool_(pool), space_(space), kv_(kv), spans_(std::move(spans)), heads_(heads), attended_(attended) {}
+
+  void run() {
+    for (const Span& span : spans_)
+      if (span.stored) kv_.prepare(span.row, span.position, span.stored);
+    make_angles();
+    const int num_heads = layer_.num_kv_heads, total = static_cast<int>(spans_.size()) * num_heads;
+    const bool is_decode = std::all_of(spans_.begin(), spans_.end(), [](const Span& span) { return span.count == 1; });
+    pool_.run(total, 1, [&](int begin, int end) {
+      for (int i = begin; i < end; i++) {
+        store(spans_[i / num_heads], i % num_heads);
+        if (is_decode) attend(spans_[i / num_heads], i % num_heads, 0, 1);
+      }
+    });
+    if (!is_decode) attend_in_tiles();
+  }
+
+ private:
+  int group() const { return layer_.num_heads / layer_.num_kv_heads; }
+  float* row(int m) const {
+    return heads_ + static_cast<size_t>(m) * (layer_.num_heads + 2 * layer_.num_kv_heads) * layer_.head_dim;
+  }
+  float* query(int m, int head) const { return row(m) + head * layer_.head_dim; }
+  float* key(int m, int head) const { return query(m, layer_.num_heads + head); }
+  float* value(int m, int head) const { return key(m, layer_.num_kv_heads + head); }
+
+  // Cosines and sines of every row's position; the angle in double, since a float has 1e-4 left at position 2000.
+  void make_angles() {
+    if (!layer_.rope) return;
+    const Rope& rope = *layer_.rope;
+    const size_t half = rope.periods.size();
+    const int count = spans_.back().first + spans_.back().count;
+    cosines_ = space_.cosines.take(count * half);
+    sines_ = space_.sines.take(count * half);
+    pool_.run(static_cast<int>(spans_.size()), 1, [&](int begin, int end) {
+      for (int s = begin; s < end; s++)
+        for (int i = 0; i < spans_[s].stored; i++) {
+          const size_t at = (spans_[s].first + i) * half;
+          for (size_t pair = 0; pair < half; pair++) {
+            const double angle = (spans_[s].position + i) / static_cast<double>(rope.periods[pair]);
+            cosines_[at + pair] = static_cast<float>(std::cos(angle)) * rope.magnitude;
+            sines_[at + pair] = static_cast<float>(std::sin(angle)) * rope.magnitude;
+          }
+        }
+    });
+  }
+
+  void turn(float* head, int m, const std::optional<Norm>& norm) const {
+    if (norm) kernels().rms_norm(head, norm->weight.data(), norm->eps, head, layer_.head_dim);
+    if (!layer_.rope) return;
+    const Rope& rope = *layer_.rope;
+    const size_t at = static_cast<size_t>(m) * rope.periods.size();
+    kernels().rotate(head, cosines_ + at, sines_ + at, rope.dims, rope.is_interleaved);
+  }
+
+  // Norm and turn of one kv head's keys and queries; the keys and values enter the store.
+  void store(const Span& span, int head) const {
+    for (int m = span.first; m < span.first + span.stored; m++) {
+      turn(key(m, head), m, layer_.k_norm);
+      for (int g = 0; g < group(); g++) turn(query(m, head * group() + g), m, layer_.q_norm);
+    }
+    if (span.stored)
+      kernels().append(kv_, span.row, head, span.position, span.stored, key(span.first, head), value(span.first, head),
+                       row(1) - row(0));
+  }
+
+  void attend_in_tiles() const {
+    const int tile = std::max(1, QUERY_TILE / group()), num_heads = layer_.num_kv_heads;
+    struct Task {
+      const Span* span;
+      int head, first, count;
+    };
+    std::vector<Task> tasks;
+    for (const Span& span : spans_)
+      for (int first = 0; first < span.count; first += tile)
+        for (int head = 0; head < num_heads; head++)
+          tasks.push_back({&span, head, first, std::min(tile, span.count - first)});
+    pool_.run(static_cast<int>(tasks.size()), 1, [&](int begin, int end) {
+      for (int i = begin; i < end; i++) attend(*tasks[i].span, tasks[i].head, tasks[i].first, tasks[i].count);
+    });
+  }
+
+  // The queries of one kv head at `count` positions of a span.
+  void attend(const Span& span, int head, int first, int count) const {
+    thread_local std::vector<const float*> queries;
+    thread_local std::vector<float*> results;
+    thread_local std::vector<int> positions;
+    queries.clear(), results.clear(), positions.clear();
+    const int width = layer_.num_heads * layer_.head_dim;
+    for (int i = first; i < first + count; i++)
+      for (int g = 0; g < group(); g++) {
+        const int m = span.first + i, h = head * group() + g;
+        queries.push_back(query(m, h));
+        results.push_back(attended_ + static_cast<size_t>(m) * width + h * layer_.head_dim);
+        positions.push_back(i < span.stored ? span.position + i : -1);
+      }
+    kernels().attend(kv_, span.row, head, static_cast<int>(queries.size()), queries.data(), results.data(),
+                     positions.data(), layer_.scale, layer_.window);
+  }
+
+  const AttentionLayer& layer_;
+  Pool& pool_;
+  Workspace& space_;
+  KVStore& kv_;
+  std::vector<Span> spans_;
+  float *heads_, *attended_;
+  float *cosines_ = nullptr, *sines_ = nullptr;
+};
+
+}  // namespace
+
+void linear(const Weight& w, Precision precision, const float* x, float* y, int num_rows) {
+  Pool& pool = Pool::of_process();
+  const std::lock_guard turn(pool.turn());
+  const size_t columns = w.matrix.columns, rows = w.matrix.rows;
+  in_slices(num_rows, [&](int begin, int count) {
+    const Input input(shared_workspace().codes, x + begin * columns, columns, count, columns, precision, {&w});
+    input.quantize_all(pool);
+    multiply(pool, input, {{w.view(), nullptr, y + begin * rows, static_cast<ptrdiff_t>(rows)}});
+  });
+}
+
+void attention_block(const AttentionLayer& layer, Precision precision, KVStore& kv, const Step& step, const float* x,
+                     float* y) {
+  Pool& pool = Pool::of_process();
+  const std::lock_guard turn(pool.turn());
+  Workspace& space = shared_workspace();
+  const int size = layer.q->matrix.columns, width = layer.num_heads * layer.head_dim;
+  const ptrdiff_t stride = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
+  in_slices(step.num_rows(), [&](int begin, int count) {
+    const float* from = x + static_cast<size_t>(begin) * size;
+    const float* h = norm_rows(pool, space, layer.norm, from, count);
+    float* heads = space.heads.take(count * stride);
+    {
+      const Input input(space.codes, h, size, count, size, precision, {layer.q.get(), layer.k.get(), layer.v.get()});
+      input.quantize_all(pool);
+      multiply(pool, input,
+               {{layer.q->view(), nullptr, heads, stride},
+                {layer.k->view(), nullptr, heads + width, stride},
+                {layer.v->view(), nullptr, heads + width + layer.num_kv_heads * layer.head_dim, stride}});
+    }
+    float* attended = space.attended.take(static_cast<size_t>(count) * width);
+    AttentionSlice(layer, pool, space, kv, spans_of(step, begin, count), heads, attended).run();
+    const Input input(space.codes, attended, width, count, width, precision, {layer.o.get()});
+    input.quantize_all(pool);
+    multiply(pool, input, {{layer.o->view(), from, y + static_cast<size_t>(begin) * size, size}});
+  });
+}
+
+void mlp_block(const MLPLayer& layer, Precision precision, const float* x, float* y, int num_rows) {
+  Pool& pool = Pool::of_process();
+  const std::lock_guard turn(pool.turn());
+  Workspace& space = shared_workspace();
+  const int size = layer.gate->matrix.columns, inner = layer.gate->matrix.rows;
+  in_slices(num_rows, [&](int begin, int count) {
+    const float* from = x + static_cast<size_t>(begin) * size;
+    const float* h = norm_rows(pool, space, layer.norm, from, count);
+    float* gate = space.gate.take(static_cast<size_t>(count) * inner);
+    float* up = space.up.take(static_cast<size_t>(count) * inner);
+    const Input input(space.codes, h, size, count, size, precision, {layer.gate.get(), layer.up.get()});
+    input.quantize_all(pool);
+    const Input product(space.inner_codes, gate, inner, count, inner, precision, {layer.down.get()});
+    const int units = (inner + COLUMNS - 1) / COLUMNS;
+    pool.run(units, piece_of(pool, units), [&](int first_unit, int last_unit) {
+      const int first = first_unit * COLUMNS, last = std::min(last_unit * COLUMNS, inner);
+      for (const auto& [weight, to] : {std::pair{&layer.gate, gate}, std::pair{&layer.up, up}}) {
+        const Matrix w = (*weight)->view();
+        kernels().multiply(w, input.rows_for(w), nullptr, to, inner, first / ROWS, (last + ROWS - 1) / ROWS);
+      }
+      for (int m = 0; m < count; m++) {
+        float* row = gate + static_cast<size_t>(m) * inner + first;
+        kernels().glu(layer.activation, row, up + static_cast<size_t>(m) * inner + first, row, last - first);
+      }
+      product.quantize(0, count, first, last);
+    });
+    multiply(pool, product, {{layer.down->view(), from, y + static_cast<size_t>(begin) * size, size}});
+  });
+}
+
+void head(const HeadLayer& layer, Precision precision, const float* x, float* y, int num_rows) {
+  Pool& pool = Pool::of_process();
+  const std::lock_guard turn(pool.turn());
+  Workspace& space = shared_workspace();
+  const size_t size = layer.projection->matrix.columns, rows = layer.projection->matrix.rows;
+  in_slices(num_rows, [&](int begin, int count) {
+    const float* h = norm_rows(pool, space, layer.norm, x + begin * size, count);
+    const Input input(space.codes, h, size, count, size, precision, {layer.projection.get()});
+    input.quantize_all(pool);
+    multiply(pool, input, {{layer.projection->view(), nullptr, y + begin * rows, static_cast<ptrdiff_t>(rows)}});
+  });
+}
+
+void embed(const Weight& table, const int* tokens, float* y, int num_tokens) {
+  const Matrix& w = table.matrix;
+  for (int i = 0; i < num_tokens; i++) {
+    float* row = y + static_cast<size_t>(i) * w.columns;
+    if (tokens[i] >= 0 && tokens[i] < w.rows)
+      unpack_row(w, tokens[i], row);
+    else
+      std::fill(row, row + w.columns, std::numeric_limits<float>::quiet_NaN());
+  }
+}
+
+void rms_norm(const Norm& norm, const float* x, float* y, int num_rows) {
+  const size_t size = norm.weight.size();
+  for (int m = 0; m < num_rows; m++)
+    kernels().rms_norm(x + m * size, norm.weight.data(), norm.eps, y + m * size, static_cast<int>(size));
+}
+
+void glu(Activation activation, const float* gate, const float* up, float* y, size_t count) {
+  Pool& pool = Pool::of_process();
+  const std::lock_guard turn(pool.turn());
+  const int pieces = static_cast<int>((count + ELEMENTS - 1) / ELEMENTS);
+  pool.run(pieces, 1, [&](int begin, int end) {
+    const size_t first = static_cast<size_t>(begin) * ELEMENTS, last = std::min<size_t>(count, static_cast<size_t>(end) * ELEMENTS);
+    kernels().glu(activation, gate + first, up + first, y + first, static_cast<int>(last - first));
+  });
+}
+
+void log_softmax(const float* x, float* y, int num_rows, int size) {
+  Pool& pool = Pool::of_process();
+  const std::lock_guard turn(pool.turn());
+  const int pieces = (size + ELEMENTS - 1) / ELEMENTS;
+  std::vector<float> highest(static_cast<size_t>(num_rows) * pieces), sums(highest.size());
+  const auto each_piece = [&](auto&& work) {
+    pool.run(num_rows * pieces, 1, [&](int begin, int end) {
+      for (int i = begin; i < end; i++) {
+        const int first = i % pieces * ELEMENTS;
+        work(i, static_cast<size_t>(i / pieces) * size + first, std::min(ELEMENTS, size - first));
+      }
+    });
+  };
+  each_piece([&](int i, size_t at, int count) { highest[i] = kernels().largest(x + at, count); });
+  for (int m = 0; m < num_rows; m++) {
+    float* row = &highest[static_cast<size_t>(m) * pieces];
+    std::fill(row, row + pieces, *std::max_element(row, row + pieces));
+  }
+  each_piece([&](int i, size_t at, int count) { sums[i] = kernels().sum_exp(x + at, highest[i], count); });
+  for (int m = 0; m < num_rows; m++) {
+    float *row = &highest[static_cast<size_t>(m) * pieces], *sum = &sums[static_cast<size_t>(m) * pieces];
+    std::fill(row, row + pieces, row[0] + std::log(std::accumulate(sum, sum + pieces, 0.0f)));
+  }
+  each_piece([&](int i, size_t at, int count) {
+    for (int j = 0; j < count; j++) y[at + j] = x[at + j] - highest[i];
+  });
+}
+
+void argmax(const float* x, int* y, int num_rows, int size) {
+  for (int m = 0; m < num_rows; m++) y[m] = kernels().argmax(x + static_cast<size_t>(m) * size, size);
+}
+
+void append(KVStore& kv, const Step& step, const float* keys, const float* values) {
+  const int num_heads = kv.num_heads(), dim = kv.head_dim();
+  for (size_t row = 0; row < step.starts.size(); row++) {
+    if (step.lengths[row] == 0) continue;
+    kv.prepare(static_cast<int>(row), step.starts[row], step.lengths[row]);
+    for (int head = 0; head < num_heads; head++) {
+      const size_t at = (row * num_heads + head) * step.width * dim;
+      kernels().append(kv, static_cast<int>(row), head, step.starts[row], step.lengths[row], keys + at, values + at, dim);
+    }
+  }
+}
+
+}  // namespace mlx_edge

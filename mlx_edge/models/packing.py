@@ -1,0 +1,209 @@
+"""Weights in the layout of the CPU kernels: which are packed, where they lie, and how the stored ones come back.
+
+Quantized weights are repacked once for each checkpoint, into a file that every later start maps (`weights/packed.py`);
+float weights are used where the checkpoint has them. Nothing else of a weight is read: what the reference ops or a
+training needs is read again from the checkpoint (`restore`).
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edge import ops
+from mlx_edge.models.quantization import Packing, Quantization
+from mlx_edge.ops.cpu import extension
+from mlx_edge.weights import Checkpoint, PackedFile, Part, open_packed
+from mlx_edge.weights.dtypes import ELEMENT_TYPES
+
+LAYOUT = 1  # of packed weights, as cpu_kernels/README.md draws it; another one packs anew
+FLOAT_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+Progress = Callable[[int, int], None]
+
+
+class Packer:
+    """Makes the packed weights of one checkpoint, by layer name."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quantization: Quantization,
+        *,
+        precision: ops.Precision = "int8",
+        use_file: bool = True,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Maps the packed file, or packs now. `precision` is that of the activations that meet quantized weights.
+
+        Raises as `open_packed` does.
+        """
+        self._checkpoint = checkpoint
+        self._quantization = quantization
+        self._precision: ops.Precision = precision
+        self._sizes = {name: sizes for name in _layers(checkpoint) if (sizes := self._plan(name))}
+        self._file: PackedFile | None = None
+        if self._sizes:
+            parts = [Part(name, sizes.num_bytes) for name, sizes in sorted(self._sizes.items())]
+            self._file = open_packed(
+                self._key(parts),
+                parts,
+                self._fill,
+                use_file=use_file,
+                populate=True,
+                on_progress=on_progress,
+            )
+
+    @property
+    def file(self) -> PackedFile | None:
+        """The repacked weights, or None when the checkpoint has none to repack."""
+        return self._file
+
+    def pack(self, layer: str, bias: mx.array | None) -> ops.Packed | None:
+        """The weight of a layer with its bias, or None when the kernels do not serve it."""
+        numbers = [] if bias is None else bias.tolist()
+        restore = cache(lambda: _restore(self._checkpoint, layer, self._quantization, bias))
+        if self._file is not None and layer in self._sizes:
+            sizes, dtype = self._sizes[layer], self._checkpoint.entry(f"{layer}.scales").dtype
+            memory: Any = self._file.parts[layer]
+        else:
+            entry = self._checkpoint.entry(f"{layer}.weight")
+            if entry.dtype not in FLOAT_TYPES or len(entry.shape) != 2:
+                return None
+            dtype = entry.dtype
+            sizes = _matrix("dense", *entry.shape, 0, 0, dtype)
+            memory = self._checkpoint.read_bytes(f"{layer}.weight")
+        return ops.Packed(
+            extension().Weight(sizes, memory, numbers),
+            (sizes.rows, sizes.columns),
+            sizes.num_bytes,
+            ELEMENT_TYPES[dtype].mlx,
+            self._precision,
+            restore,
+        )
+
+    def _plan(self, layer: str) -> Any:
+        """The sizes of a quantized weight, or None when it is none or the kernels do not serve it."""
+        packing = self._quantization.packing(layer)
+        if packing is None or packing.mode not in ("affine", "mxfp4"):
+            return None
+        weight, scales = (
+            self._checkpoint.entry(f"{layer}.{part}") for part in ("weight", "scales")
+        )
+        is_affine = packing.mode == "affine"
+        if weight.dtype != "U32" or len(weight.shape) != 2:
+            return None
+        rows, columns = weight.shape[0], weight.shape[1] * 32 // packing.bits
+        wanted = (rows, columns // packing.group_size)
+        offsets = self._checkpoint.entry(f"{layer}.biases") if is_affine else scales
+        if scales.shape != wanted or (offsets.shape, offsets.dtype) != (wanted, scales.dtype):
+            return None
+        if is_affine != (scales.dtype in FLOAT_TYPES):
+            return None
+        sizes = _matrix(packing.mode, rows, columns, packing.bits, packing.group_size, scales.dtype)
+        return None if sizes.refusal else sizes
+
+    def _key(self, parts: list[Part]) -> str:
+        packings = [(part, self._quantization.packing(part.name)) for part in parts]
+        digest = hashlib.sha256(repr(packings).encode()).hexdigest()[:16]
+        return f"{self._checkpoint.fingerprint()}-cpu{LAYOUT}-{digest}"
+
+    def _fill(self, part: Part, to: memoryview) -> None:
+        sizes = self._sizes[part.name]
+        packing = self._quantization.packing(part.name)
+        names = ["weight", "scales"] + ["biases"] * (
+            packing is not None and packing.mode == "affine"
+        )
+        sources = [_aligned(self._checkpoint.read_bytes(f"{part.name}.{name}")) for name in names]
+        packs, scales, *offsets = sources
+        extension().pack(sizes, packs, scales, offsets[0] if offsets else None, to)
+
+
+def pack_weight(
+    weights: ops.Dense | ops.Quantized, precision: ops.Precision = "int8"
+) -> ops.Packed:
+    """A weight that is at hand as arrays, packed into memory of its own.
+
+    Raises: ValueError for a format that the kernels do not serve, in their words.
+    """
+    numbers = [] if weights.bias is None else weights.bias.astype(mx.float32).tolist()
+    rows, columns = weights.shape
+    dtype = weights.weight.dtype if isinstance(weights, ops.Dense) else weights.scales.dtype
+    name = next((key for key in FLOAT_TYPES if ELEMENT_TYPES[key].mlx == dtype), "U8")
+    if isinstance(weights, ops.Dense):
+        sizes = _matrix("dense", rows, columns, 0, 0, name)
+        memory: Any = _bytes_of(weights.weight)
+    else:
+        if weights.mode not in ("affine", "mxfp4"):
+            raise ValueError(f"the CPU kernels have no {weights.mode}")
+        sizes = _matrix(weights.mode, rows, columns, weights.bits, weights.group_size, name)
+        if sizes.refusal:
+            raise ValueError(sizes.refusal)
+        memory = np.zeros(sizes.num_bytes, np.uint8)
+        offsets = None if weights.offsets is None else _bytes_of(weights.offsets)
+        extension().pack(
+            sizes, _bytes_of(weights.weight), _bytes_of(weights.scales), offsets, memory
+        )
+    return ops.Packed(
+        extension().Weight(sizes, memory, numbers),
+        (rows, columns),
+        sizes.num_bytes,
+        dtype,
+        precision,
+        lambda: weights,
+    )
+
+
+def _layers(checkpoint: Checkpoint) -> list[str]:
+    """The names of all weights that have scales."""
+    names = checkpoint.names()
+    bases = (name.removesuffix(".scales") for name in names if name.endswith(".scales"))
+    return sorted(base for base in bases if f"{base}.weight" in names)
+
+
+def _matrix(mode: str, rows: int, columns: int, bits: int, group_size: int, dtype: str) -> Any:
+    ext = extension()
+    kind = getattr(ext.Float, FLOAT_TYPES.get(dtype, "f32"))
+    return ext.Matrix(getattr(ext.Format, mode), rows, columns, bits, group_size, kind)
+
+
+def _aligned(data: Any) -> Any:
+    """The bytes where the kernels may read words."""
+    return data if data.ctypes.data % 4 == 0 else data.copy()
+
+
+def _bytes_of(array: mx.array) -> Any:
+    flat = mx.contiguous(array).reshape(-1)
+    return np.array(flat.view(mx.uint8))
+
+
+def _restore(
+    checkpoint: Checkpoint, layer: str, quantization: Quantization, bias: mx.array | None
+) -> ops.Dense | ops.Quantized:
+    """The weight as the checkpoint has it, read anew."""
+    packing = quantization.packing(layer)
+    with Checkpoint.open(checkpoint.folder) as again:
+        weight = again.read(f"{layer}.weight")
+        if packing is None or f"{layer}.scales" not in again.names():
+            mx.eval(weight)
+            return ops.Dense(weight, bias)
+        scales = again.read(f"{layer}.scales")
+        has_offsets = packing.mode == "affine"
+        offsets = again.read(f"{layer}.biases") if has_offsets else None
+        mx.eval([array for array in (weight, scales, offsets) if array is not None])
+        return _quantized(weight, scales, offsets, packing, bias)
+
+
+def _quantized(
+    weight: mx.array,
+    scales: mx.array,
+    offsets: mx.array | None,
+    packing: Packing,
+    bias: mx.array | None,
+) -> ops.Quantized:
+    return ops.Quantized(
+        weight, scales, offsets, packing.group_size, packing.bits, packing.mode, bias
+    )

@@ -1,0 +1,258 @@
+"""The CPU backend: one MLX primitive per block, over the kernels of `cpu_kernels/`, where there is no Apple GPU.
+
+Serves float32 activations and weights that were packed for it (`ops.Packed`); everything else is refused in words,
+and the reference takes it. What the kernels are and how they compute is in `cpu_kernels/README.md`; who packs
+weights and where they lie is `models/packing.py`'s.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_edge.ops.types import (
+    Activation,
+    AttentionWeights,
+    Embedding,
+    HeadWeights,
+    KVHandle,
+    Linear,
+    MLPWeights,
+    Norm,
+    Packed,
+    PagedHandle,
+    Rope,
+    StepMeta,
+)
+
+INSTALL_AGAIN = "install mlx_edge again, with g++ and cmake at hand"
+NO_FLOAT32 = "activations are not float32"
+NOT_PACKED = "weights are not packed for it"
+
+
+@cache
+def find_extension() -> Any:
+    """The kernels' extension module, or in words why there is none.
+
+    One that was built for another MLX fails to load, or takes its arrays for strangers: both are found out here.
+    """
+    if sys.platform == "darwin":
+        return "macOS has its GPU instead"
+    try:
+        from mlx_edge._native import _cpu
+    except ModuleNotFoundError:
+        return (
+            f"mlx_edge was installed without it (no compiler, or its build failed); {INSTALL_AGAIN}"
+        )
+    except ImportError as error:
+        return f"it does not fit the installed mlx {mx.__version__} ({error}); {INSTALL_AGAIN}"
+    try:
+        mx.eval(_cpu.argmax(mx.array([0.0, 1.0])))
+    except TypeError:
+        return f"it does not know the arrays of the installed mlx {mx.__version__}; {INSTALL_AGAIN}"
+    except RuntimeError as error:
+        return str(error)
+    return _cpu
+
+
+def extension() -> Any:
+    """The kernels' extension module, which is there."""
+    return find_extension()
+
+
+def missing() -> str | None:
+    """What this machine lacks for the CPU kernels, or None."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return "the default device is a GPU"
+    found = find_extension()
+    return found if isinstance(found, str) else None
+
+
+def describe() -> str:
+    """Instruction set and threads, for a report."""
+    ext = extension()
+    return f"{ext.instruction_set()}, {ext.num_threads()} threads"
+
+
+class _Layers:
+    """The kernels' records of weights, made at their first use and dropped with them."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, ...]] = {}
+
+    def get(self, weights: Any, make: Callable[..., Any], *others: Any) -> Any:
+        """`make(weights, *others)`, the same one again for the same records."""
+        known = self._made.get(id(weights))
+        if known is not None and all(a is b for a, b in zip(known[1:], others, strict=True)):
+            return known[0]
+        layer = make(weights, *others)
+        if known is None:
+            weakref.finalize(weights, self._made.pop, id(weights), None)
+        self._made[id(weights)] = (layer, *others)
+        return layer
+
+
+_layers = _Layers()
+
+
+def _norm(norm: Norm) -> Any:
+    return extension().Norm(norm.weight.astype(mx.float32).tolist(), norm.eps)
+
+
+def _rope(rope: Rope) -> Any:
+    return extension().Rope(rope.periods.tolist(), rope.dims, rope.is_interleaved, rope.magnitude)
+
+
+def _attention_layer(weights: AttentionWeights, rope: Rope | None) -> Any:
+    return extension().AttentionLayer(
+        norm=_norm(weights.norm),
+        **{name: getattr(weights, name).handle for name in ("q", "k", "v", "o")},
+        num_heads=weights.num_heads,
+        num_kv_heads=weights.num_kv_heads,
+        head_dim=weights.head_dim,
+        scale=weights.scale,
+        q_norm=None if weights.q_norm is None else _norm(weights.q_norm),
+        k_norm=None if weights.k_norm is None else _norm(weights.k_norm),
+        rope=None if rope is None else _rope(rope),
+        window=weights.window or 0,
+    )
+
+
+def _mlp_layer(weights: MLPWeights) -> Any:
+    ext = extension()
+    return ext.MLPLayer(
+        _norm(weights.norm),
+        weights.gate.handle,
+        weights.up.handle,
+        weights.down.handle,
+        getattr(ext.Activation, weights.activation),
+    )
+
+
+def _head_layer(weights: HeadWeights) -> Any:
+    return extension().HeadLayer(_norm(weights.norm), weights.projection.handle)
+
+
+def _precision(weights: Packed) -> Any:
+    precision = extension().Precision
+    return precision.int8 if weights.precision == "int8" else precision.floating
+
+
+@cache
+def _newest_step() -> list[tuple[StepMeta, Any]]:
+    return []
+
+
+def make_step(meta: StepMeta) -> Any:
+    """The kernels' record of a step: the same one for all layers of a pass."""
+    newest = _newest_step()
+    for known, step in newest:
+        if known is meta:
+            return step
+    step = extension().Step(list(meta.starts), list(meta.lengths), meta.width)
+    newest[:] = [(meta, step)]
+    return step
+
+
+def _refuse(x: mx.array, *weights: Linear) -> str | None:
+    if x.dtype != mx.float32:
+        return NO_FLOAT32
+    return None if all(isinstance(weight, Packed) for weight in weights) else NOT_PACKED
+
+
+def linear(x: mx.array, weights: Packed) -> mx.array:
+    """As `ops.linear`."""
+    y: mx.array = extension().linear(x, weights.handle, _precision(weights))
+    return y
+
+
+def rms_norm(x: mx.array, norm: Norm) -> mx.array:
+    """As `ops.rms_norm`."""
+    y: mx.array = extension().rms_norm(x, _layers.get(norm, _norm))
+    return y
+
+
+def glu(gate: mx.array, up: mx.array, activation: Activation) -> mx.array:
+    """As `ops.glu`."""
+    y: mx.array = extension().glu(gate, up, getattr(extension().Activation, activation))
+    return y
+
+
+def attention_block(
+    x: mx.array, weights: AttentionWeights, kv: PagedHandle, rope: Rope | None, meta: StepMeta
+) -> mx.array:
+    """As `ops.attention_block`, over a store that is appended to in place."""
+    layer = _layers.get(weights, _attention_layer, rope)
+    store = kv.begin(weights.num_kv_heads, weights.head_dim, meta)
+    assert isinstance(weights.q, Packed)
+    y: mx.array
+    y, kv.ticket = extension().attention_block(
+        x, layer, store, kv.ticket, make_step(meta), _precision(weights.q)
+    )
+    return y
+
+
+def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
+    """As `ops.mlp_block`."""
+    assert isinstance(weights.gate, Packed)
+    y: mx.array = extension().mlp_block(
+        x, _layers.get(weights, _mlp_layer), _precision(weights.gate)
+    )
+    return y
+
+
+def embed(tokens: mx.array, weights: Embedding) -> mx.array:
+    """As `ops.embed`; a token outside the table has a row of NaN."""
+    assert isinstance(weights.table, Packed)
+    y: mx.array = extension().embed(tokens, weights.table.handle)
+    return y
+
+
+def head(x: mx.array, weights: HeadWeights) -> mx.array:
+    """As `ops.head`."""
+    assert isinstance(weights.projection, Packed)
+    y: mx.array = extension().head(
+        x, _layers.get(weights, _head_layer), _precision(weights.projection)
+    )
+    return y
+
+
+def log_softmax(x: mx.array) -> mx.array:
+    """As `ops.log_softmax`."""
+    y: mx.array = extension().log_softmax(x)
+    return y
+
+
+def argmax(x: mx.array) -> mx.array:
+    """As `ops.argmax`."""
+    y: mx.array = extension().argmax(x)
+    return y
+
+
+def refuse_attention_block(
+    x: mx.array, weights: AttentionWeights, kv: KVHandle, *_others: Any
+) -> str | None:
+    """Why the kernels cannot run this layer, or None."""
+    if not hasattr(kv, "begin"):
+        return "the cache is not one that it appends to in place"
+    return _refuse(x, weights.q, weights.k, weights.v, weights.o)
+
+
+def _refuse_embed(_tokens: mx.array, weights: Embedding) -> str | None:
+    return None if isinstance(weights.table, Packed) else NOT_PACKED
+
+
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., str | None]]] = {
+    "linear": (linear, _refuse),
+    "rms_norm": (rms_norm, lambda x, _norm: _refuse(x)),
+    "glu": (glu, lambda gate, _up, _activation: _refuse(gate)),
+    "attention_block": (attention_block, refuse_attention_block),
+    "mlp_block": (mlp_block, lambda x, w: _refuse(x, w.gate, w.up, w.down)),
+    "embed": (embed, _refuse_embed),
+    "head": (head, lambda x, w: _refuse(x, w.projection)),
+    "log_softmax": (log_softmax, _refuse),
+    "argmax": (argmax, _refuse),
+}

@@ -1,0 +1,443 @@
+// The KV store, attention and the vector kernels of one instruction set against doubles. No MLX.
+//
+//   check_attention            all checks
+//   check_attention quantized  rows and mx.quantize's packs of them on stdin: int32 bits, group, D, count; float32 rows;
+//                              uint32 packs; float32 scales and offsets
+//
+// Compiled with the flags of the instruction set that MLX_EDGE_ISA names; ends with 1 at the first thing that is wrong.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "half.h"
+#include "vector.h"
+
+using namespace mlx_edge;
+namespace isa = mlx_edge::MLX_EDGE_ISA;
+using Floats32 = std::vector<float>;
+
+namespace {
+
+int checks = 0;
+
+template <class... Args>
+void expect(bool is_right, const char* format, Args... args) {
+  checks++;
+  if (is_right) return;
+  std::printf("wrong: ");
+  std::printf(format, args...);
+  std::printf("\n");
+  std::exit(1);
+}
+
+uint64_t state = 88172645463325252u;
+
+float uniform(float low, float high) {
+  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+  return low + (high - low) * static_cast<float>(state >> 40) / 16777216.0f;
+}
+
+Floats32 random_row(int n, float size = 1.0f) {
+  Floats32 row(n);
+  for (float& x : row) x = uniform(-size, size);
+  return row;
+}
+
+struct Form {
+  KVFormat format;
+  int dims, group;
+};
+
+const char* name_of(KVFormat format) {
+  const char* names[] = {"f32", "f16", "int8", "int4"};
+  return names[static_cast<int>(format)];
+}
+
+// What a stored row means, in doubles: written apart from the kernels.
+std::vector<double> meaning(const Form& form, const Floats32& row) {
+  std::vector<double> y(row.begin(), row.end());
+  if (form.format == KVFormat::f32) return y;
+  if (form.format == KVFormat::f16) {
+    for (double& x : y) x = f16_to_float(float_to_f16(std::fmin(std::fmax(static_cast<float>(x), -65504.0f), 65504.0f)));
+    return y;
+  }
+  const float levels = form.format == KVFormat::int8 ? 255.0f : 15.0f;
+  for (int begin = 0; begin < form.dims; begin += form.group) {
+    float low = INFINITY, high = -INFINITY;
+    for (int i = begin; i < begin + form.group; i++) low = std::fmin(low, row[i]), high = std::fmax(high, row[i]);
+    const bool is_low = std::fabs(low) > std::fabs(high);
+    float scale = std::fmax((high - low) / levels, 1e-7f), offset = 0;
+    if (!is_low) scale = -scale;
+    const float edge = is_low ? low : high, steps = std::rint(edge / scale);
+    if (steps != 0) scale = edge / steps, offset = edge;
+    for (int i = begin; i < begin + form.group; i++) {
+      const float code = std::fmin(std::fmax(std::rint((row[i] - offset) / scale), 0.0f), levels);
+      y[i] = static_cast<double>(scale) * code + offset;
+    }
+  }
+  return y;
+}
+
+// One row of the batch and one head beside the store: what was appended, in doubles.
+struct Lane {
+  std::vector<std::vector<double>> keys, values;
+};
+
+struct Bench {
+  Form form;
+  int window, keep;
+  KVStore kv;
+  std::map<std::pair<int, int>, Lane> lanes;  // by (row, head)
+
+  static constexpr int BATCH = 2, HEADS = 2;
+
+  Bench(Form f, int w, int k) : form(f), window(w), keep(k), kv(BATCH, HEADS, f.dims, f.format, f.group, w, k) {}
+
+  void append(int row, int start, int count, float size = 1.0f) {
+    kv.prepare(row, start, count);
+    const int stride = form.dims + 3;
+    for (int head = 0; head < HEADS; head++) {
+      const Floats32 keys = random_row(count * stride, size), values = random_row(count * stride, size);
+      isa::append(kv, row, head, start, count, keys.data(), values.data(), stride);
+      Lane& lane = lanes[{row, head}];
+      lane.keys.resize(start), lane.values.resize(start);
+      for (int i = 0; i < count; i++) {
+        const auto from = i * stride;
+        lane.keys.push_back(meaning(form, {keys.begin() + from, keys.begin() + from + form.dims}));
+        lane.values.push_back(meaning(form, {values.begin() + from, values.begin() + from + form.dims}));
+      }
+    }
+  }
+
+  std::vector<double> oracle(int row, int head, const Floats32& q, int position, float scale) {
+    const Lane& lane = lanes[{row, head}];
+    std::vector<double> y(form.dims, 0.0), weights;
+    std::vector<int> seen;
+    double top = -INFINITY, sum = 0;
+    for (int p = 0; p <= position && p < static_cast<int>(lane.keys.size()); p++) {
+      if (window > 0 && p <= position - window && p >= keep) continue;
+      double score = 0;
+      for (int d = 0; d < form.dims; d++) score += static_cast<double>(q[d]) * lane.keys[p][d];
+      weights.push_back(score * scale), seen.push_back(p);
+      top = std::fmax(top, score * scale);
+    }
+    for (double& w : weights) sum += w = std::exp(w - top);
+    for (size_t i = 0; i < seen.size(); i++)
+      for (int d = 0; d < form.dims; d++) y[d] += weights[i] / sum * lane.values[seen[i]][d];
+    return y;
+  }
+
+  // `count` queries at and before the newest position, one of them padding; each against the oracle and against itself alone.
+  void attend(int row, int head, int end, int count, float size = 1.0f) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(form.dims)), canary = 12345.0f;
+    std::vector<Floats32> q(count), y(count, Floats32(form.dims + 1, canary));
+    std::vector<const float*> from(count);
+    std::vector<float*> to(count);
+    std::vector<int> positions(count);
+    for (int i = 0; i < count; i++) {
+      q[i] = random_row(form.dims, size);
+      from[i] = q[i].data(), to[i] = y[i].data();
+      positions[i] = i == 2 ? -1 : std::max(end - 1 - i / 2, i % 2 ? 0 : -1);
+    }
+    isa::attend(kv, row, head, count, from.data(), to.data(), positions.data(), scale, window);
+    for (int i = 0; i < count; i++) {
+      const std::vector<double> truth = oracle(row, head, q[i], positions[i], scale);
+      for (int d = 0; d < form.dims; d++) {
+        expect(std::fabs(y[i][d] - truth[d]) < 4e-6 * size,
+               "%s D=%d group=%d window=%d keep=%d end=%d query %d of %d at %d: y[%d] = %.8g, not %.8g", name_of(form.format),
+               form.dims, form.group, window, keep, end, i, count, positions[i], d, y[i][d], truth[d]);
+      }
+      expect(y[i][form.dims] == canary, "D=%d: wrote beyond the head", form.dims);
+      Floats32 alone(form.dims);
+      float* alone_to = alone.data();
+      isa::attend(kv, row, head, 1, &from[i], &alone_to, &positions[i], scale, window);
+      expect(!std::memcmp(alone.data(), y[i].data(), form.dims * sizeof(float)),
+             "%s D=%d window=%d end=%d: query %d of %d differs from itself alone", name_of(form.format), form.dims, window, end,
+             i, count);
+    }
+  }
+};
+
+std::vector<Form> forms() {
+  std::vector<Form> all;
+  for (int dims : {16, 33, 64, 80, 128})
+    for (KVFormat format : {KVFormat::f32, KVFormat::f16}) all.push_back({format, dims, 0});
+  for (int dims : {64, 128, 96})
+    for (int group : {32, 64, 128})
+      if (dims % group == 0)
+        for (KVFormat format : {KVFormat::int8, KVFormat::int4}) all.push_back({format, dims, group});
+  return all;
+}
+
+// Appends in ragged steps and attends after each; trims; forks.
+void check_attention() {
+  const int counts[] = {1, 3, 4, 7, 33, 2, 5};
+  const std::pair<int, int> sights[] = {{0, 0}, {1, 0}, {30, 0}, {64, 3}, {65, 0}, {100, 70}, {20, 4}};
+  int turn = 0;
+  for (const Form& form : forms()) {
+    for (const auto& [window, keep] : sights) {
+      Bench bench(form, window, keep);
+      bench.attend(0, 1, 0, 3);
+      int before = 0;
+      for (int end : {1, 63, 64, 65, 200}) {
+        bench.append(0, before, end - before);
+        bench.append(1, before / 2, end / 2 - before / 2);  // ragged: the other row is half as long
+        bench.attend(0, turn % 2, end, counts[turn % 7]);
+        bench.attend(1, (turn + 1) % 2, end / 2, counts[(turn + 2) % 7]);
+        turn++;
+        before = end;
+      }
+      bench.append(0, 190, 15);  // ten were rejected
+      bench.attend(0, 0, 205, counts[turn % 7]);
+    }
+  }
+}
+
+void check_many_queries() {
+  Bench bench({KVFormat::f16, 64, 0}, 0, 0);
+  bench.append(0, 0, 150);
+  bench.attend(0, 1, 150, 130);
+}
+
+void check_large_scores() {
+  Bench bench({KVFormat::f32, 64, 0}, 0, 0);
+  bench.append(0, 0, 100);
+  for (int d = 0; d < 64; d++) {
+    float* keys = reinterpret_cast<float*>(bench.kv.plane(0, 0, 0, false));
+    keys[d * PAGE + 7] = 1e4f;
+    bench.lanes[{0, 0}].keys[7][d] = 1e4;
+  }
+  Floats32 q(64, 1.0f), y(64);
+  const float* from = q.data();
+  float* to = y.data();
+  const int position = 99;
+  isa::attend(bench.kv, 0, 0, 1, &from, &to, &position, 1.0f, 0);
+  const auto truth = bench.oracle(0, 0, q, position, 1.0f);
+  for (int d = 0; d < 64; d++) expect(std::fabs(y[d] - truth[d]) < 1e-6, "large scores: %g, not %g", y[d], truth[d]);
+}
+
+// Pages that fall out of the window come back; what was in them does not.
+void check_recycling() {
+  for (int keep : {0, 4}) {
+    Bench bench({KVFormat::f32, 16, 0}, 30, keep);
+    size_t most = 0;
+    for (int start = 0; start < 1000; start += 10) {
+      bench.append(0, start, 10);
+      bench.append(1, start, 10);
+      if (start >= keep && start < 500) {  // infinities in what later falls out of sight
+        for (int d = 0; d < 16; d++)
+          reinterpret_cast<float*>(bench.kv.plane(0, 0, start / PAGE, true))[(start % PAGE) * 16 + d] = INFINITY;
+      }
+      if (start == 500) most = bench.kv.bytes();
+    }
+    expect(bench.kv.bytes() == most, "a store with a window grows: %zu bytes, then %zu", most, bench.kv.bytes());
+    expect(bench.kv.holds(0, 0) == (keep > 0), "keep = %d, but position 0 is %s", keep, keep ? "dropped" : "held");
+    expect(!bench.kv.holds(0, 500), "position 500 is still held at 1000");
+    expect(bench.kv.holds(0, 990 - 30 - PAGE), "the margin of a page is gone");
+    bench.attend(0, 0, 1000, 7);
+  }
+}
+
+Floats32 attend_once(const KVStore& kv, const Floats32& q, int position) {
+  Floats32 y(kv.head_dim());
+  const float* from = q.data();
+  float* to = y.data();
+  isa::attend(kv, 0, 1, 1, &from, &to, &position, 0.125f, 0);
+  return y;
+}
+
+void check_copies() {
+  for (const Form& form : forms()) {
+    Bench bench(form, 0, 0);
+    bench.append(0, 0, 100);
+    const Floats32 q = random_row(form.dims);
+    const Floats32 before = attend_once(bench.kv, q, 99);
+    const auto twin = bench.kv.copy();
+    expect(attend_once(*twin, q, 99) == before, "%s: a copy differs", name_of(form.format));
+    expect(twin->bytes() == bench.kv.bytes(), "%s: a copy has other sizes", name_of(form.format));
+    const Floats32 rows = random_row(form.dims * 10);
+    twin->prepare(0, 90, 10);
+    isa::append(*twin, 0, 1, 90, 10, rows.data(), rows.data(), form.dims);
+    expect(attend_once(bench.kv, q, 99) == before, "%s: writing a copy changed the original", name_of(form.format));
+    expect(attend_once(*twin, q, 99) != before, "%s: a copy cannot be written", name_of(form.format));
+  }
+}
+
+void check_reading() {
+  for (const Form& form : forms()) {
+    Bench bench(form, 0, 0);
+    bench.append(0, 0, 70);
+    const int start = 60, count = 8;
+    for (bool values : {false, true}) {
+      Floats32 read(Bench::HEADS * count * form.dims);
+      bench.kv.read(0, start, count, values, read.data());
+      for (int head = 0; head < Bench::HEADS; head++) {
+        const Lane& lane = bench.lanes[{0, head}];
+        for (int i = 0; i < count * form.dims; i++) {
+          const auto& rows = values ? lane.values : lane.keys;
+          const double truth = rows[start + i / form.dims][i % form.dims];
+          expect(std::fabs(read[head * count * form.dims + i] - truth) < 1e-6, "%s D=%d: read %g, not %g",
+                 name_of(form.format), form.dims, read[head * count * form.dims + i], truth);
+        }
+      }
+    }
+    if (!bench.kv.num_groups()) continue;
+    const int bits = form.format == KVFormat::int8 ? 8 : 4, rows = Bench::HEADS * 70;
+    KVStore other(1, Bench::HEADS, form.dims, form.format, form.group, 0, 0);
+    other.prepare(0, 0, 70);
+    for (bool values : {false, true}) {
+      std::vector<uint32_t> packs(rows * form.dims * bits / 32);
+      Floats32 scales(rows * bench.kv.num_groups()), offsets(scales.size());
+      bench.kv.read_packed(0, 0, 70, values, packs.data(), scales.data(), offsets.data());
+      other.write_packed(0, 0, 70, values, packs.data(), scales.data(), offsets.data());
+    }
+    const Floats32 q = random_row(form.dims);
+    expect(attend_once(other, q, 69) == attend_once(bench.kv, q, 69), "%s D=%d: packs do not come back as they went",
+           name_of(form.format), form.dims);
+  }
+}
+
+void check_saturation() {
+  KVStore kv(1, 1, 16, KVFormat::f16, 0, 0, 0);
+  kv.prepare(0, 0, 1);
+  const Floats32 rows(16, -1e6f);
+  isa::append(kv, 0, 0, 0, 1, rows.data(), rows.data(), 16);
+  Floats32 read(16);
+  kv.read(0, 0, 1, true, read.data());
+  expect(read[15] == -65504.0f, "a value too large for a half became %g", read[15]);
+}
+
+void check_sizes_refused() {
+  const auto refuses = [](int dims, KVFormat format, int group) {
+    try {
+      KVStore kv(1, 1, dims, format, group, 0, 0);
+      return false;
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+  };
+  expect(refuses(80, KVFormat::int8, 64), "heads of 80 in groups of 64 were taken");
+  expect(refuses(64, KVFormat::int4, 16), "groups of 16 were taken");
+  expect(refuses(257, KVFormat::f32, 0), "heads of 257 were taken");
+  expect(!refuses(256, KVFormat::int4, 128), "heads of 256 were not taken");
+}
+
+void check_rms_norm() {
+  for (int n : {1, 7, 8, 33, 64, 2048, 2051}) {
+    const Floats32 x = random_row(n, 3.0f), weight = random_row(n);
+    Floats32 y(n);
+    isa::rms_norm(x.data(), weight.data(), 1e-5f, y.data(), n);
+    double sum = 0;
+    for (float v : x) sum += static_cast<double>(v) * v;
+    for (int i = 0; i < n; i++) {
+      const double truth = x[i] / std::sqrt(sum / n + 1e-5) * weight[i];
+      expect(std::fabs(y[i] - truth) <= 1e-6 * std::fabs(truth), "rms_norm n=%d: %.8g, not %.8g", n, y[i], truth);
+    }
+  }
+}
+
+void check_glu() {
+  for (int n : {1, 15, 16, 1003}) {
+    for (Activation activation : {Activation::silu, Activation::gelu_tanh}) {
+      const Floats32 gate = random_row(n, n == 1003 ? 100.0f : 5.0f), up = random_row(n);
+      Floats32 y = gate;
+      isa::glu(activation, y.data(), up.data(), y.data(), n);
+      for (int i = 0; i < n; i++) {
+        const double x = gate[i], u = 0.7978845608028654 * (x + 0.044715 * x * x * x);
+        const double exponent = activation == Activation::silu ? x : 2 * u;
+        const double truth = x / (1 + std::exp(-exponent)) * up[i];
+        // The exponent is rounded to a float, so the error grows with it; what is far below 1 may be less exact.
+        const double bound = (1e-6 + 1e-7 * std::fmin(std::fabs(exponent), 90)) * std::fabs(truth) + 1e-30;
+        expect(std::fabs(y[i] - truth) <= bound, "glu of %.8g: %.8g, not %.8g", x, y[i], truth);
+      }
+    }
+  }
+}
+
+void check_rotate() {
+  for (int dims : {2, 6, 16, 34, 64, 80}) {
+    for (bool is_interleaved : {false, true}) {
+      const int half = dims / 2;
+      Floats32 head = random_row(dims + 4), cosines(half), sines(half);
+      for (int i = 0; i < half; i++) cosines[i] = std::cos(i + 1.0f), sines[i] = std::sin(i + 1.0f);
+      const Floats32 before = head;
+      isa::rotate(head.data(), cosines.data(), sines.data(), dims, is_interleaved);
+      for (int i = 0; i < half; i++) {
+        const int a = is_interleaved ? 2 * i : i, b = is_interleaved ? 2 * i + 1 : i + half;
+        const double c = cosines[i], s = sines[i];
+        expect(std::fabs(head[a] - (before[a] * c - before[b] * s)) < 3e-7, "rotate dims=%d first of pair %d", dims, i);
+        expect(std::fabs(head[b] - (before[b] * c + before[a] * s)) < 3e-7, "rotate dims=%d second of pair %d", dims, i);
+      }
+      for (int i = dims; i < dims + 4; i++) expect(head[i] == before[i], "rotate dims=%d changed element %d", dims, i);
+    }
+  }
+}
+
+void check_argmax() {
+  for (int n : {1, 5, 16, 1024, 5000}) {
+    Floats32 x = random_row(n);
+    for (int where : {0, n / 2, n - 1}) {
+      Floats32 y = x;
+      y[where] = 7.0f;
+      y[n - 1] = 7.0f;  // an equal one later on
+      if (n > 4 && where > 1) y[1] = NAN;
+      expect(isa::argmax(y.data(), n) == where, "argmax n=%d: %d, not %d", n, isa::argmax(y.data(), n), where);
+    }
+  }
+  Floats32 low(2000, NAN);
+  expect(isa::argmax(low.data(), 2000) == 0, "argmax of nothing but NaN is not 0");
+  low[1500] = -INFINITY;
+  expect(isa::argmax(low.data(), 2000) == 1500, "NaN won over -inf");
+}
+
+template <class T>
+std::vector<T> take(size_t count) {
+  std::vector<T> items(count);
+  expect(std::fread(items.data(), sizeof(T), count, stdin) == count, "stdin ended early");
+  return items;
+}
+
+void check_quantized() {
+  const auto sizes = take<int32_t>(4);
+  const int bits = sizes[0], group = sizes[1], dims = sizes[2], count = sizes[3];
+  const auto rows = take<float>(static_cast<size_t>(dims) * count);
+  const auto packs = take<uint32_t>(rows.size() * bits / 32);
+  const auto scales = take<float>(rows.size() / group), offsets = take<float>(rows.size() / group);
+  KVStore kv(1, 1, dims, bits == 8 ? KVFormat::int8 : KVFormat::int4, group, 0, 0);
+  kv.prepare(0, 0, count);
+  isa::append(kv, 0, 0, 0, count, rows.data(), rows.data(), dims);
+  for (bool values : {false, true}) {
+    std::vector<uint32_t> own_packs(packs.size());
+    Floats32 own_scales(scales.size()), own_offsets(offsets.size());
+    kv.read_packed(0, 0, count, values, own_packs.data(), own_scales.data(), own_offsets.data());
+    expect(own_scales == scales && own_offsets == offsets, "%d bits, group %d: scales or offsets differ", bits, group);
+    expect(own_packs == packs, "%d bits, group %d: codes differ", bits, group);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "quantized") {
+    check_quantized();
+  } else {
+    check_attention();
+    check_many_queries();
+    check_large_scores();
+    check_recycling();
+    check_copies();
+    check_reading();
+    check_saturation();
+    check_sizes_refused();
+    check_rms_norm();
+    check_glu();
+    check_rotate();
+    check_argmax();
+  }
+  std::printf("%d checks\n", checks);
+}
