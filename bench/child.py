@@ -29,7 +29,9 @@ class Finished:
     stolen_s: float  # CPU time that the host gave to others meanwhile, all cores together
 
 
-def run_child(command: Sequence[str | Path], *, limit_s: float, cores: int, folder: Path) -> Finished:
+def run_child(
+    command: Sequence[str | Path], *, limit_s: float, cores: int, folder: Path
+) -> Finished:
     """Run a command on the first `cores` of the cores that this process may use, for at most `limit_s`."""
     words = [str(word) for word in command]
     stolen = _stolen_ticks()

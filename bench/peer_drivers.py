@@ -1,6 +1,6 @@
 """OpenVINO GenAI and mlx-lm behind the same lines of JSON as bench/ours.py. Runs in the peers' environment.
 
-    python peer_drivers.py openvino MODEL.gguf THREADS PLAN
+    python peer_drivers.py openvino FOLDER THREADS PLAN
     python peer_drivers.py mlx-lm FOLDER THREADS PLAN
 
 A plan is a list of steps as in bench/ours.py; only "prefill" and "decode" are known here.

@@ -1,6 +1,6 @@
 """A GGUF file of random float16 weights, for llama-quantize. Runs in the peers' environment, which has gguf.
 
-    python peer_gguf.py SHAPE-AS-JSON tokenizer.json OUT.gguf
+python peer_gguf.py SHAPE-AS-JSON tokenizer.json OUT.gguf
 """
 
 import json

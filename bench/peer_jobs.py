@@ -16,6 +16,7 @@ from bench.peer_setup import Workplace
 from bench.peer_summary import AGAIN, LLAMA, MLXLM, OPENVINO, OURS
 
 TEXTS = ("code_edit", "json_list", "prose")
+IR = {"gguf": "Q4_0 by its GGUF reader", "int4": "INT4 as exported"}
 REPACK = {True: "repack", False: "no repack"}
 LONG_ROUNDS = 5  # of a run with more rounds, that many have the long prompts and deep contexts
 
@@ -61,7 +62,7 @@ class Job:
     shape: str
     threads: int
     run: Callable[[], Measured]
-    needs: str | None = None  # the step of the setup without which it cannot run
+    needs: tuple[str, ...] = ()  # steps of the setup without which it cannot run
 
     @property
     def name(self) -> str:
@@ -111,9 +112,7 @@ class Jobs:
             shared = partial(runs.run_shared, self.models(shape), plan)
             yield self._job(OURS + " twice", shape, shared)
 
-    def _job(
-        self, peer: str, shape: str, run: Callable[[], Measured], needs: str | None = None
-    ) -> Job:
+    def _job(self, peer: str, shape: str, run: Callable[[], Measured], *needs: str) -> Job:
         return Job(peer, shape, self.plan.threads, run, needs)
 
     def _peers(self, shape: str, plan: Plan) -> Iterator[Job]:
@@ -123,10 +122,14 @@ class Jobs:
         for name in QUANTIZATIONS:
             for repack, word in REPACK.items():
                 run = partial(runs.run_llama, self.place, models.gguf(name), repack, plan)
-                yield Job(f"{LLAMA} {name}, {word}", shape, threads, run, "llama.cpp")
-        steps, gguf = plan.steps(), models.gguf("Q4_0")
-        openvino = partial(runs.run_driver, "openvino", self.place, gguf, steps, plan)
-        yield Job(f"{OPENVINO} Q4_0", shape, threads, openvino, "pip openvino")
+                needs = ("llama.cpp", f"GGUF {shape}")
+                yield Job(f"{LLAMA} {name}, {word}", shape, threads, run, needs)
+        for kind, word in IR.items():
+            run = partial(
+                runs.run_driver, "openvino", self.place, models.ir(kind), plan.steps(), plan
+            )
+            needs = ("pip openvino", f"GGUF {shape}", f"IR {shape}")
+            yield Job(f"{OPENVINO} {word}", shape, threads, run, needs)
         yield Job(AGAIN, shape, threads, ours)
 
     def _mlxlm(self, index: int, plan: Plan) -> Iterator[Job]:
@@ -151,7 +154,8 @@ class Jobs:
             for word, flags in options.items():
                 command = runs.cold_llama(self.place, models.gguf(name), plan, *flags)
                 run = partial(runs.run_cold, command, plan)
-                yield self._job(f"{LLAMA} cold {word} {name}", shape, run, "llama.cpp")
+                needs = ("llama.cpp", f"GGUF {shape}")
+                yield self._job(f"{LLAMA} cold {word} {name}", shape, run, *needs)
         yield self._job(AGAIN + " cold", shape, ours)
         pocket = partial(runs.run_cold, runs.cold_ours("pocket"), plan)
         yield self._job(OURS + " cold pocket", shape, pocket)

@@ -6,7 +6,7 @@ as with the real one of that size. Knows nothing of how the models are run.
 """
 
 import json
-import subprocess
+import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.peer_setup import StepFailed, Workplace
+
 BITS, GROUP_SIZE = 4, 64
 QUANTIZATIONS = ("Q4_0", "Q4_K_M")
+IR_KINDS = ("gguf", "int4")
 CONTEXT = 8192
 # The split of Llama 3's published tokenizer.json: words with their space, up to three digits, punctuation.
 PIECES = (
@@ -205,17 +208,19 @@ class Models:
             header = int.from_bytes(file.read(8), "little")
         return path.stat().st_size - 8 - header
 
+    def ir(self, kind: str) -> Path:
+        """The folder that OpenVINO reads: "gguf", as its reader made it, or "int4", as its exporter packs."""
+        return self.root / f"{self.shape.name}-openvino-{kind}"
+
     def gguf(self, quantization: str) -> Path:
-        """The file that llama.cpp and OpenVINO read."""
+        """The file that llama.cpp reads."""
         return self.root / f"{self.shape.name}-{quantization}.gguf"
 
 
-def make_models(
-    models: Models, peer_python: Path, quantize: Path | None, say: Callable[[str], None]
-) -> None:
+def make_models(models: Models, place: Workplace, say: Callable[[str], None]) -> None:
     """Make what is missing. Each file gets its name when it is whole, so that a killed run goes on.
 
-    `peer_python` has the package gguf; without `quantize` (llama-quantize) no GGUF files are made.
+    What cannot be made is kept in `place.failures` as "GGUF NAME" or "IR NAME", and costs its readers only.
     """
     shape, folder = models.shape, models.mlx
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,24 +235,52 @@ def make_models(
         say(f"{shape.name}: making MLX's 4-bit checkpoint")
         make_mlx(shape, folder)
         done.touch()
+    kind = "GGUF"
+    try:
+        _make_gguf(models, place, say)
+        kind = "IR"
+        _make_ir(models, place, say)
+    except (StepFailed, OSError) as failure:
+        say(f"{shape.name}: no {kind}: {failure}")
+        place.failures[f"{kind} {shape.name}"] = str(failure)
+
+
+def _make_gguf(models: Models, place: Workplace, say: Callable[[str], None]) -> None:
+    """By llama-quantize, from float16."""
+    shape = models.shape
     missing = [name for name in QUANTIZATIONS if not models.gguf(name).exists()]
-    if quantize is None or not missing:
+    if not missing:
         return
+    if reason := place.failures.get("llama.cpp") or place.failures.get("pip gguf"):
+        raise StepFailed(reason)
     floats = models.gguf("F16")
     if not floats.exists():
         say(f"{shape.name}: making a float16 GGUF")
         described = json.dumps({**asdict(shape), "context": CONTEXT})
-        script = Path(__file__).with_name("peer_gguf.py")
         part = models.gguf("F16.part")
-        command = [peer_python, script, described, tokenizer, part]
-        subprocess.run([str(word) for word in command], check=True)
+        script = Path(__file__).with_name("peer_gguf.py")
+        words = [script, described, models.mlx / "tokenizer.json", part]
+        place.run("gguf", [place.python, *words])
         part.rename(floats)
     for name in missing:
         say(f"{shape.name}: llama-quantize {name}")
         part = models.gguf(f"{name}.part")
-        log = models.root / f"quantize-{shape.name}-{name}.log"
-        with log.open("w") as lines:
-            words = [str(quantize), str(floats), str(part), name, "2"]
-            subprocess.run(words, check=True, stdout=lines, stderr=lines)
+        place.run("quantize", [place.tool("llama-quantize"), floats, part, name, "2"])
         part.rename(models.gguf(name))
     floats.unlink()
+
+
+def _make_ir(models: Models, place: Workplace, say: Callable[[str], None]) -> None:
+    """By OpenVINO itself, from the GGUF."""
+    if models.ir("int4").exists():
+        return
+    if reason := place.failures.get("pip openvino"):
+        raise StepFailed(reason)
+    say(f"{models.shape.name}: making OpenVINO's files")
+    script = Path(__file__).with_name("peer_ir.py")
+    part = models.ir("part")
+    shutil.rmtree(part, ignore_errors=True)
+    place.run("ir", [place.python, script, models.gguf("Q4_0"), part])
+    for kind in IR_KINDS:  # int4, by which we know, comes last
+        (part / kind).rename(models.ir(kind))
+    part.rmdir()

@@ -34,7 +34,11 @@ def make_result(
         "ahead": {key: _ahead(key, figure) for key, figure in figures.items()},
         "notes": {key: figure.note for key, figure in figures.items()},
         "null": {
-            key: {"median": _short(figure.median), "spread": _spread(figure), "rounds": len(figure.ratios)}
+            key: {
+                "median": _short(figure.median),
+                "spread": _spread(figure),
+                "rounds": len(figure.ratios),
+            }
             for key, figure in null_runs(rounds, shapes["1b"]).items()
         },
         "measured": measured(rounds),

@@ -36,7 +36,7 @@ CMAKE_OPTIONS = {
 }
 
 
-class StepFailed(Exception):  # noqa: N818 - a step of the setup, not an error of ours
+class StepFailed(Exception):
     """A step that did not work; the message is one line."""
 
 

@@ -12,7 +12,13 @@ from typing import Any
 
 Record = Mapping[str, Any]  # round, job, shape, threads, peer, values, error
 PREFILL, DECODE = "prefill_", "decode_"
-OURS, AGAIN, LLAMA, OPENVINO, MLXLM = "mlx_edge", "mlx_edge again", "llama.cpp", "OpenVINO", "mlx-lm"
+OURS, AGAIN, LLAMA, OPENVINO, MLXLM = (
+    "mlx_edge",
+    "mlx_edge again",
+    "llama.cpp",
+    "OpenVINO",
+    "mlx-lm",
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,7 @@ class Rounds:
 
     def peers(self, shape: str, family: str, threads: int = 2) -> list[str]:
         """The full names of a peer's settings, in the order of their first run."""
-        names = [
-            r["peer"] for r in self.records if r["shape"] == shape and r["threads"] == threads
-        ]
+        names = [r["peer"] for r in self.records if r["shape"] == shape and r["threads"] == threads]
         fits = [n for n in dict.fromkeys(names) if n == family or n.startswith(family + " ")]
         return [name for name in fits if family != OURS or name == OURS]
 
@@ -99,7 +103,12 @@ class Rounds:
         """The reason that a peer has no value."""
         for record in self.records:
             is_it = record["peer"] == family or record["peer"].startswith(family + " ")
-            if record["shape"] == shape and record["threads"] == threads and is_it and record["error"]:
+            if (
+                record["shape"] == shape
+                and record["threads"] == threads
+                and is_it
+                and record["error"]
+            ):
                 return f"{record['peer']}: {record['error']}"
         return f"{family} was not run here"
 
@@ -118,7 +127,9 @@ def rate(rounds: Rounds, shape: str, kind: str, family: str, score: str = "rate"
     figures = []
     for name in rounds.measurements(shape, kind):
         theirs = rounds.best(shape, family, name, score=score)
-        if theirs is None and family == MLXLM:  # too slow for the same prompt: its rate with 16 tokens
+        if (
+            theirs is None and family == MLXLM
+        ):  # too slow for the same prompt: its rate with 16 tokens
             theirs = rounds.best(shape, family, PREFILL + "16")
         if theirs is None or (score == "gbs" and name != DECODE + "0"):
             continue
@@ -160,9 +171,13 @@ def memory(rounds: Rounds, shape: str, cache_bytes: Callable[[str, int], int]) -
     ratios = []
     for number, peak in ours.values.items():
         record = next(
-            r for r in rounds.records if r["round"] == number and r["peer"] == OURS and r["shape"] == shape
+            r
+            for r in rounds.records
+            if r["round"] == number and r["peer"] == OURS and r["shape"] == shape
         )
-        longest = [int(n.split("_")[1]) for n in record["values"] if n.startswith((PREFILL, DECODE))]
+        longest = [
+            int(n.split("_")[1]) for n in record["values"] if n.startswith((PREFILL, DECODE))
+        ]
         needed = rounds.weight_bytes(shape, OURS) + cache_bytes(shape, max(longest, default=0))
         ratios.append(peak / needed)
     if not ratios:
@@ -222,5 +237,7 @@ def null_runs(rounds: Rounds, shape: str) -> dict[str, Figure]:
         pair = [rounds.series(shape, peer, name) for peer in (first, second)]
         nulls[key] = compare(*pair)
     plain = rounds.series(shape, OURS + " replay", "replay_prose_plain_seconds")
-    nulls["replay"] = compare(plain, rounds.series(shape, AGAIN + " replay", "replay_prose_plain_seconds"))
+    nulls["replay"] = compare(
+        plain, rounds.series(shape, AGAIN + " replay", "replay_prose_plain_seconds")
+    )
     return {key: figure for key, figure in nulls.items() if figure.ratios}

@@ -105,8 +105,9 @@ def run_job(index: int, job: Job, place: Workplace, deadline: float) -> dict[str
     record |= {"shape": job.shape, "threads": job.threads, "values": {}, "error": None}
     if time.monotonic() > deadline:
         return record | {"error": "the time for the whole run was over"}
-    if reason := place.failures.get(job.needs or ""):
-        return record | {"error": reason}
+    for need in job.needs:
+        if reason := place.failures.get(need):
+            return record | {"error": f"{need}: {reason}"}
     try:
         measured = job.run()
     except Exception as failure:  # a peer that surprises us costs its own figures only
@@ -169,9 +170,8 @@ def main() -> None:
     with alone(root):
         place = set_up(root, say)
         jobs = Jobs(mode, place)
-        quantize = None if "llama.cpp" in place.failures else place.tool("llama-quantize")
         for shape in jobs.shapes():
-            make_models(jobs.models(shape), place.python, quantize, say)
+            make_models(jobs.models(shape), place, say)
         if args.setup_only:
             return
         identity = {"mode": mode.name, "code": fingerprint(), **machine_facts()}
@@ -179,7 +179,9 @@ def main() -> None:
         run_rounds(mode, jobs, place, journal)
         cache_bytes = {name: shape.cache_bytes(1) for name, shape in SHAPES.items()}
         facts = {"mode": mode.name, "machine": machine_facts(), "versions": peer_versions(place)}
-        result = make_result(journal.records, {"1b": mode.big, "06b": mode.small}, cache_bytes, facts)
+        result = make_result(
+            journal.records, {"1b": mode.big, "06b": mode.small}, cache_bytes, facts
+        )
         print(make_markdown(result))
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n")

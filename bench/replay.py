@@ -38,9 +38,7 @@ def replay(
     sampler = Recorded(target)
     start, said = 0.0, []
     last: Any = None
-    for last in stream_generate(
-        model, tokenizer, prompt, len(target), sampler=sampler, **options
-    ):
+    for last in stream_generate(model, tokenizer, prompt, len(target), sampler=sampler, **options):
         start = start or time.perf_counter()
         said.append(last.token)
     seconds = time.perf_counter() - start

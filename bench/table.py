@@ -46,7 +46,10 @@ def make_processes_table(result: Result) -> str:
 
 def make_summary_table(result: Result) -> str:
     """Markdown: every key of the summary with its spread, rounds and what it was compared with."""
-    lines = ["| ratio, ours / theirs | median | spread | rounds | ahead in | what |", "|" + "---|" * 6]
+    lines = [
+        "| ratio, ours / theirs | median | spread | rounds | ahead in | what |",
+        "|" + "---|" * 6,
+    ]
     for key, value in result["summary"].items():
         rounds, note = result["rounds"][key], result["notes"][key]
         if value is None:

@@ -23,7 +23,7 @@ constexpr int TILE_ROWS = 4;  // queries that share what is loaded of a page
 // Vectors side by side in a tile of `rows`: enough independent chains to hide an fma's latency, few enough for the registers.
 constexpr int MIN_VECTORS = DIMS / WIDTH;
 constexpr int tile_vectors(int rows) {
-  const int wanted = rows == 1 ? 8 : rows < 4 ? 4 : 2;
+  const int wanted = rows == 1 ? 8 : rows == 2 ? 4 : 2;
   return wanted > MIN_VECTORS ? wanted : MIN_VECTORS;
 }
 
@@ -72,7 +72,7 @@ void multiply_columns(const float* a, int a_stride, const Plane& b, int begin, i
   for (; first + V * WIDTH <= last; first += V * WIDTH)
     multiply_tile<R, V>(a, a_stride, b, begin, end, first, factors, c, c_stride, next);
   if constexpr (V > MIN_VECTORS)
-    if (first < last) multiply_columns<R, V / 2>(a, a_stride, b, begin, end, first, last, factors, c, c_stride, next);
+    if (first < last) multiply_columns<R, MIN_VECTORS>(a, a_stride, b, begin, end, first, last, factors, c, c_stride, next);
 }
 
 template <int R, class Plane, class Next>

@@ -35,7 +35,11 @@ inline Bytes four_codes(const int8_t* x) {
 }
 
 inline Partial no_partial() { return _mm256_setzero_si256(); }
-inline Partial dot(Partial sum, Bytes w, Bytes x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
+inline Partial dot(Partial sum, Bytes w, Bytes x) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+  asm("" : "+x"(sum));  // compilers would make a tree of these sums, and run out of registers for its leaves
+  return sum;
+}
 inline Ints no_ints() { return _mm256_setzero_si256(); }
 template <int FACTOR>
 inline Ints widen(Ints sum, Partial p) {

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "adopt.h"
+#include "blas.h"
 #include "blocks.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
@@ -394,6 +395,8 @@ NB_MODULE(_cpu, m) {
   m.def("log_softmax", &run_log_softmax, "x"_a);
   m.def("argmax", &run_argmax, "x"_a);
   m.def("adopt_pages", &adopt_pages, "descriptor"_a, "begin"_a, "num_bytes"_a);
+  m.def("connect_blas", &connect_blas, "libmlx"_a, "openblas"_a);
+  m.def("blas_products", &blas_products);
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("num_threads", [] { return Pool::of_process().num_threads(); });
   m.def("set_threads", &set_threads, "num_threads"_a);

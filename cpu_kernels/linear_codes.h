@@ -15,14 +15,21 @@
 
 namespace mlx_edge::MLX_EDGE_ISA {
 
+constexpr int FEW = 2;             // rows of x that meet the codes as they come
 constexpr int CHUNK = 512;         // columns unpacked at a time: 8 KiB
 constexpr int ROWS_IN_FLIGHT = 128;  // rows of x whose sums wait while a block's chunks pass
 constexpr int AHEAD = 3072;        // bytes that the stream of codes is asked for in advance
 
+// Slices that are added up in a Partial before it is emptied, for codes up to `largest`: a power of two, or none.
+constexpr int holds(int largest) {
+  return std::min(static_cast<int>(std::bit_floor(static_cast<unsigned>(depth(largest)))), SLICES);
+}
+
 // Codes as they lie in memory.
 template <class Code>
 struct Stream {
-  static constexpr int LARGEST = Code::LARGEST;
+  static constexpr int HOLDS = holds(Code::LARGEST);
+  static constexpr bool CENTRED = SIGNED && Code::LARGEST > 127;  // codes are code - 128, the offset makes up for it
   static constexpr size_t UNIT_BYTES = static_cast<size_t>(SLICE) * Code::BITS;
   const uint8_t* at;
   size_t code_bytes, group_bytes;
@@ -30,12 +37,12 @@ struct Stream {
 
   template <int J>
   MLX_EDGE_INLINE Bytes slice(int unit, int part) const {
-    return Code::template slice<J>(at + unit * UNIT_BYTES + part * sizeof(Bytes));
+    const Bytes codes = Code::template slice<J>(at + unit * UNIT_BYTES + part * sizeof(Bytes));
+    return CENTRED ? minus_128(codes) : codes;
   }
   MLX_EDGE_INLINE Scales scales(int part) const {
-    Scales s = scales_of<Code>(at + code_bytes, type, part);
-    if constexpr (SIGNED && LARGEST > 127) s.offset = fma(splat(128.0f), s.scale, s.offset);
-    return s;
+    const Scales s = scales_of<Code>(at + code_bytes, type, part);
+    return {s.scale, CENTRED ? fma(splat(128.0f), s.scale, s.offset) : s.offset};
   }
   MLX_EDGE_INLINE void next() { at += group_bytes; }
   MLX_EDGE_INLINE void ask_ahead() const {
@@ -43,20 +50,22 @@ struct Stream {
   }
 };
 
-// Codes unpacked to bytes, scales to floats.
-template <int L>
+// The same unpacked: a code a byte, scales and offsets as floats.
+template <int H>
 struct Unpacked {
-  static constexpr int LARGEST = L;
+  static constexpr int HOLDS = H;
   const uint8_t* codes;
   const float* numbers;  // 16 scales, 16 offsets
-  int group_size;
+  size_t group_bytes;
 
   template <int J>
   MLX_EDGE_INLINE Bytes slice(int unit, int part) const {
     return load_bytes(codes + (unit * SLICES + J) * SLICE + part * sizeof(Bytes));
   }
-  MLX_EDGE_INLINE Scales scales(int part) const { return {load(numbers + part * WIDTH), load(numbers + ROWS + part * WIDTH)}; }
-  MLX_EDGE_INLINE void next() { codes += group_size * ROWS, numbers += 2 * ROWS; }
+  MLX_EDGE_INLINE Scales scales(int part) const {
+    return {load(numbers + part * WIDTH), load(numbers + ROWS + part * WIDTH)};
+  }
+  MLX_EDGE_INLINE void next() { codes += group_bytes, numbers += 2 * ROWS; }
   MLX_EDGE_INLINE void ask_ahead() const {}
 };
 
@@ -69,15 +78,12 @@ struct Tile {
 // total[m][part] += one unit of the weight . R rows of x, the sums of 16 bits emptied in time.
 template <int R, class Source>
 MLX_EDGE_INLINE void dot_unit(const Source& w, int unit, const int8_t* x, Ints (&total)[R][PARTS]) {
-  constexpr int holds = std::min(static_cast<int>(std::bit_floor(static_cast<unsigned>(depth(Source::LARGEST)))), SLICES);
+  constexpr int holds = Source::HOLDS;
   Partial sum[R][PARTS];
   unroll<SLICES>([&](auto j) __attribute__((always_inline)) {
     Bytes codes[PARTS];
 #pragma GCC unroll 4
-    for (int p = 0; p < PARTS; p++) {
-      codes[p] = w.template slice<j>(unit, p);
-      if constexpr (SIGNED && Source::LARGEST > 127) codes[p] = minus_128(codes[p]);
-    }
+    for (int p = 0; p < PARTS; p++) codes[p] = w.template slice<j>(unit, p);
 #pragma GCC unroll 8
     for (int m = 0; m < R; m++) {
       const Bytes four = four_codes(x + (j * R + m) * 4);
@@ -122,7 +128,7 @@ MLX_EDGE_INLINE void add_groups(Source w, Tile x, int groups, int units, Floats 
 #pragma GCC unroll 4
       for (int p = 0; p < PARTS; p++) total[m][p] = no_ints();
     for (int u = 0; u < units; u++) {
-      if constexpr (depth(Source::LARGEST) == 0)
+      if constexpr (Source::HOLDS == 0)
         dot_unit_in_halves(w, u, x.codes, total);
       else
         dot_unit(w, u, x.codes, total);
@@ -157,12 +163,12 @@ void add_groups_to(float* sums, const Source& w, const Tile& x, int groups, int 
     for (int p = 0; p < PARTS; p++) store(sums + m * ROWS + p * WIDTH, y[m][p]);
 }
 
-template <class Source, int R = TILE>
+template <int R, class Source>
 void add_groups_to(float* sums, const Source& w, const Tile& x, int rows, int groups, int units) {
   if (rows == R)
     add_groups_to<R>(sums, w, x, groups, units);
   else if constexpr (R > 1)
-    add_groups_to<Source, R - 1>(sums, w, x, rows, groups, units);
+    add_groups_to<R - 1>(sums, w, x, rows, groups, units);
 }
 
 // The tile that row m begins, from group g on.
@@ -199,8 +205,8 @@ template <class Code>
 void multiply_few(const Matrix& w, const Rows& x, const Output& y, int begin, int end) {
   const int groups = w.columns / w.group_size, units = w.group_size / UNIT;
   for (int block = begin; block < end; block++) {
-    float sums[TILE * ROWS] = {};
-    add_groups_to(sums, stream_of<Code>(w, block, 0), tile_of(x, 0, 0), x.count, groups, units);
+    float sums[FEW * ROWS] = {};
+    add_groups_to<FEW>(sums, stream_of<Code>(w, block, 0), tile_of(x, 0, 0), x.count, groups, units);
     finish(w, y, block, 0, x.count, sums);
   }
 }
@@ -218,9 +224,9 @@ void multiply_many(const Matrix& w, const Rows& x, const Output& y, int begin, i
       for (int g = 0; g < groups; g += step) {
         const int count = std::min(step, groups - g);
         unpack(stream_of<Code>(w, block, g), count, units, codes, numbers);
-        const Unpacked<Code::LARGEST> unpacked{codes, numbers, w.group_size};
+        const Unpacked<holds(Code::LARGEST)> unpacked{codes, numbers, static_cast<size_t>(w.group_size) * ROWS};
         for (int m = first; m < last; m += TILE)
-          add_groups_to(sums + (m - first) * ROWS, unpacked, tile_of(x, m, g), std::min(TILE, last - m), count, units);
+          add_groups_to<TILE>(sums + (m - first) * ROWS, unpacked, tile_of(x, m, g), std::min(TILE, last - m), count, units);
       }
       finish(w, y, block, first, last, sums);
     }
@@ -228,7 +234,7 @@ void multiply_many(const Matrix& w, const Rows& x, const Output& y, int begin, i
 
 template <class Code>
 void multiply_codes(const Matrix& w, const Rows& x, const Output& y, int begin, int end) {
-  if (x.count <= TILE)
+  if (x.count <= FEW)
     multiply_few<Code>(w, x, y, begin, end);
   else
     multiply_many<Code>(w, x, y, begin, end);

@@ -187,8 +187,8 @@ def format_text(result: Mapping[str, Any]) -> str:
         f"first token after {format_mean(result, 'ttft_ms')} ms",
         f"Generation: {format_mean(result, 'generation_tps')} tokens-per-sec, "
         f"{format_mean(result, 'tpot_ms', 2)} ms per token",
-        f"Peak memory: {result['mean']['peak_memory']:.3f} GB in MLX, "
-        f"{result['process_peak_memory']:.3f} GB in the process",
+        f"Peak memory: {result['process_peak_memory']:.3f} GB in the process, "
+        f"{result['mean']['peak_memory']:.3f} GB in MLX's arrays",
     ]
     if roof := result["bandwidth"]:
         lines.append(
@@ -210,7 +210,7 @@ def format_markdown(result: Mapping[str, Any]) -> str:
         "TTFT ms": format_mean(result, "ttft_ms"),
         "generation tokens/s": format_mean(result, "generation_tps"),
         "TPOT ms": format_mean(result, "tpot_ms", 2),
-        "peak GB": f"{result['mean']['peak_memory']:.3f}",
+        "peak GB": f"{result['process_peak_memory']:.3f}",
     }
     rows = (cells, ["---"] * len(cells), cells.values())
     table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)

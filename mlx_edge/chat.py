@@ -8,7 +8,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -170,11 +170,12 @@ class Conversation:
             prompt_progress_callback=interrupt.check_prefill,
             proposer=self._proposer,
         )
-        for response in responses:
-            fed.append(response.token)
-            show(response.text)
-            if interrupt.is_wanted:
-                break
+        with closing(responses):  # closed, the cache holds no drafts
+            for response in responses:
+                fed.append(response.token)
+                show(response.text)
+                if interrupt.is_wanted:
+                    break
         # The last token may be stored, because its step was in flight already; the cache knows.
         self._cache, self._held = cache, fed[: cache[0].offset]
         is_cut = response.finish_reason == "length"

@@ -150,6 +150,19 @@ def test_an_answer_that_reads_differently_gets_a_new_cache() -> None:
     assert conversation.num_reused == 0 and conversation.num_processed > 0
 
 
+@pytest.mark.parametrize(
+    "flags", [("--draft-model", "pocket-draft"), ("--prompt-lookup",)], ids=str
+)
+def test_drafts_change_no_answer_of_a_conversation(flags: tuple[str, ...]) -> None:
+    options = ("--max-tokens", "24", "--temp", "0.7", "--seed", "5")
+    plain, drafting = begin(*options), begin(*options, *flags)
+    for question in (STORY, STORY, ORDER):
+        assert ask(drafting, question) == ask(plain, question)
+    assert ask(drafting, STORY, stop_after=3) == ask(plain, STORY, stop_after=3)
+    assert drafting._held == plain._held[: len(drafting._held)]
+    assert ask(drafting, ORDER) == ask(plain, ORDER)
+
+
 def test_a_small_memory_still_answers(talk: Talk) -> None:
     flags = ("--kv-bits", "4", "--kv-group-size", "32", "--quantized-kv-start", "0")
     text, errors = talk(f"{STORY}\n{STORY}\n", "--max-kv-size", "24", "-m", "20", *flags)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -115,6 +116,44 @@ def test_memory_flags_that_bite_still_write(run: Run) -> None:
     assert run("--verbose", "False", "--max-tokens", "60", "--max-kv-size", "24", *flags).strip()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("--draft-model", "pocket-draft", "--num-draft-tokens", "5"), ("--prompt-lookup",)],
+    ids=["draft model", "lookup"],
+)
+def test_drafts_change_no_text_and_are_counted(run: Run, flags: tuple[str, ...]) -> None:
+    arguments = ("--temp", "0.7", "--seed", "3", "--max-tokens", "30")
+    quiet = ("--verbose", "False")
+    assert run(*arguments, *quiet, *flags) == run(*arguments, *quiet)
+    line = next(x for x in run(*arguments, *flags).splitlines() if x.startswith("Drafts: "))
+    assert re.fullmatch(r"Drafts: \d+ of \d+ accepted, \d+\.\d\d tokens per forward pass", line)
+
+
+def test_a_draft_model_with_another_vocabulary_is_one_line(run: Run, tmp_path: Path) -> None:
+    folder = Path(copytree(find_model("pocket-draft"), tmp_path / "draft"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[400:402]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    error = run("--draft-model", str(folder), code=2)
+    assert repr(first) in error and repr(second) in error and str(folder) in error
+
+
+def test_lookup_finds_what_a_prompt_cache_holds(run: Run, tmp_path: Path) -> None:
+    from mlx_edge.cache_prompt import main as cache_prompt
+
+    path = str(tmp_path / "prompt.safetensors")
+    story = "Once upon a time, there was a little fox who had a red ball. "
+    raw = ("--ignore-chat-template", "--prompt")
+    assert cache_prompt([*raw, story * 3, "--prompt-cache-file", path]) == 0
+    arguments = (*raw, "Once upon a time", "--prompt-cache-file", path, "-m", "20")
+    text = run(*arguments, "--prompt-lookup")
+    accepted = int(re.search(r"Drafts: (\d+) of", text)[1])  # type: ignore[index]
+    assert accepted > 0
+    assert text.split("==========")[1] == run(*arguments).split("==========")[1]
+
+
 def test_text_follows_a_grammar(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     schema = tmp_path / "schema.json"
@@ -212,7 +251,10 @@ def test_interrupt_is_quiet() -> None:
         (["--regex", "("], "regex"),
         (["--json-schema", "{"], "JSON"),
         (["--json-schema", '{"type": "nothing"}'], "schema"),
-        (["--draft-model", "pocket-draft"], "--draft-model"),
+        (["--draft-model", "pocket-draft", "--prompt-lookup"], "not allowed with"),
+        (["--draft-model", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--num-draft-tokens", "3"], "nothing drafts"),
+        (["--prompt-lookup", "--num-draft-tokens", "0"], "'0' is not a whole number from 1 to 15"),
         (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--model", ""], "no such folder"),
         (["--model", str(POCKET / "config.json")], "is a file"),

@@ -6,11 +6,14 @@ from mlx_edge.cache.quantized import QuantizedRows
 from mlx_edge.cache.rows import FloatRows, RowFormat
 from mlx_edge.cache.saved import CacheFacts, CacheState
 
+AnyKVCache = KVCache | PagedKVCache  # MLX arrays, or pages of the CPU kernels
+
 __all__ = [
+    "MAX_HEAD_DIM",
+    "AnyKVCache",
     "CacheFacts",
     "CacheState",
     "FloatRows",
-    "MAX_HEAD_DIM",
     "KVCache",
     "PagedKVCache",
     "QuantizedRows",

@@ -48,6 +48,7 @@ class PagedKVCache:
         self._float_until = float_until
         self.row_format: RowFormat = FloatRows() if float_until else self._wanted_format
         self._offsets: tuple[int, ...] = ()
+        self._latest: tuple[int, ...] = ()  # where the furthest step of each row began
         self._store: Any = None
         self._sizes = (0, 0)  # kv heads, head dim
 
@@ -111,6 +112,7 @@ class PagedKVCache:
             self._store = self._make_store()
         self._convert()
         self._offsets = tuple(s + n for s, n in zip(starts, meta.lengths, strict=True))
+        self._latest = tuple(map(max, starts, self._latest or starts))
         return self._store
 
     def extend(self, keys: mx.array, values: mx.array, meta: StepMeta) -> Sequence[Segment]:
@@ -140,11 +142,12 @@ class PagedKVCache:
             raise InvalidRequestError(
                 f"{count} positions cannot be forgotten; {self._offsets} are stored"
             )
-        for offset, held in zip(offsets, self._offsets, strict=True):
-            if self.window is not None and self.window < held and offset < held - TAIL:
+        for offset, latest in zip(offsets, self._latest, strict=True):
+            # The store gives back what lies a page and more before the window of a step's first query.
+            if self.window is not None and offset < latest - PAGE and latest >= self.window + PAGE:
                 raise InvalidRequestError(
-                    f"a cache with a window of {self.window} cannot go back from position {held} to "
-                    f"{offset}; process the text anew"
+                    f"a cache with a window of {self.window} cannot go back to position {offset}: "
+                    f"a step began at {latest}; process the text anew"
                 )
         is_packed = self._gets_packed and self.row_format == self._wanted_format
         if is_packed and max(offsets, default=0) < self._float_until <= self.offset:
@@ -184,6 +187,7 @@ class PagedKVCache:
             float_until=facts.float_until,
         )
         cache.row_format, cache._offsets = facts.current_format, facts.offsets
+        cache._latest = facts.offsets
         packed = cache.row_format
         width = plane.shape[4]
         dim = width * 32 // packed.bits if isinstance(packed, QuantizedRows) else width
@@ -260,7 +264,6 @@ class PagedKVCache:
 
     def _read_slots(self, row: int, slots: NDArray[np.int64]) -> Planes:
         """The planes (2, 1, K, S, ...) of these positions; what the store has dropped is zero."""
-        heads, dim = self._sizes
         start, count = int(slots.min()), int(slots.max() - slots.min()) + 1
         chosen = slots - start
         if not isinstance(self.row_format, QuantizedRows):

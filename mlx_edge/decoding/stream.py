@@ -4,7 +4,7 @@ Puts the loop, the tokenizer and the stop conditions together, and times them; k
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,12 +91,8 @@ def stream_generate(
         num_draft_tokens=num_draft_tokens,
         prompt_lookup=prompt_lookup,
     )
-    if asked is not None and proposer is not None:
-        raise InvalidRequestError(
-            "a proposer was given, and a draft model or prompt lookup beside it; choose one of them"
-        )
     steps = _generate_steps(
-        asked or proposer,
+        _only_one(asked, proposer),
         tokens,
         model,
         max_tokens=limit,
@@ -108,25 +104,36 @@ def stream_generate(
         prompt_progress_callback=prompt_progress_callback,
     )
     with closing(steps):
-        for count, step in enumerate(steps, start=1):
-            clock.tick()
-            is_complete = constraint is not None and constraint.is_finished
-            segment, finish = text.add(step.token, is_complete=is_complete, is_last=count == limit)
-            yield GenerationResponse(
-                text=segment,
-                token=step.token,
-                logprobs=step.logprobs,
-                from_draft=step.from_draft,
-                prompt_tokens=tokens.size,
-                prompt_tps=clock.prompt_tps,
-                generation_tokens=count,
-                generation_tps=clock.generation_tps,
-                peak_memory=peak_memory_gb(),
-                finish_reason=finish,
-                speculation=step.speculation,
-            )
-            if finish:
-                return
+        yield from _respond(steps, text, clock, limit, constraint)
+
+
+def _respond(
+    steps: Iterable[DraftedStep],
+    text: "_TextStream",
+    clock: "_Clock",
+    limit: int,
+    constraint: Constraint | None,
+) -> Generator[GenerationResponse, None, None]:
+    """A response per step, until the text ends."""
+    for count, step in enumerate(steps, start=1):
+        clock.tick()
+        is_complete = constraint is not None and constraint.is_finished
+        segment, finish = text.add(step.token, is_complete=is_complete, is_last=count == limit)
+        yield GenerationResponse(
+            text=segment,
+            token=step.token,
+            logprobs=step.logprobs,
+            from_draft=step.from_draft,
+            prompt_tokens=clock.prompt_tokens,
+            prompt_tps=clock.prompt_tps,
+            generation_tokens=count,
+            generation_tps=clock.generation_tps,
+            peak_memory=peak_memory_gb(),
+            finish_reason=finish,
+            speculation=step.speculation,
+        )
+        if finish:
+            return
 
 
 def _generate_steps(
@@ -139,6 +146,14 @@ def _generate_steps(
     with closing(generate_step(prompt, model, **options)) as steps:
         for token, logprobs in steps:
             yield DraftedStep(token, logprobs)
+
+
+def _only_one(asked: Proposer | None, given: Proposer | None) -> Proposer | None:
+    if asked is not None and given is not None:
+        raise InvalidRequestError(
+            "a proposer was given, and a draft model or prompt lookup beside it; choose one of them"
+        )
+    return asked or given
 
 
 def generate(
@@ -225,7 +240,7 @@ class _Clock:
 
     def __init__(self, prompt_tokens: int) -> None:
         self._start = time.perf_counter()
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens
         self._count = 0
         self.prompt_tps = 0.0
         self.generation_tps = 0.0
@@ -234,7 +249,7 @@ class _Clock:
         """A token has come."""
         now = time.perf_counter()
         if self._count == 0:
-            self.prompt_tps = self._prompt_tokens / max(now - self._start, 1e-9)
+            self.prompt_tps = self.prompt_tokens / max(now - self._start, 1e-9)
             self._start = now
         else:
             self.generation_tps = self._count / max(now - self._start, 1e-9)

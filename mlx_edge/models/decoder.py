@@ -11,10 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edge import ops
-from mlx_edge.cache import MAX_HEAD_DIM, KVCache, PagedKVCache, RowFormat, prepare_step
+from mlx_edge.cache import MAX_HEAD_DIM, AnyKVCache, KVCache, PagedKVCache, RowFormat, prepare_step
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.ops import uses_cpu_kernels
 from mlx_edge.models.config import ModelConfig
+from mlx_edge.ops import uses_cpu_kernels
 from mlx_edge.weights import Checkpoint, LoadReport
 
 KEPT_PREFIX = 4  # positions that a cache of limited size never drops, as in mlx-lm
@@ -43,7 +43,7 @@ class Decoder:
     def __call__(
         self,
         tokens: mx.array,
-        cache: Sequence[KVCache | PagedKVCache] | None = None,
+        cache: Sequence[AnyKVCache] | None = None,
         *,
         lengths: Sequence[int] | None = None,
     ) -> mx.array:
@@ -64,6 +64,12 @@ class Decoder:
             x = ops.mlp_block(x, layer.mlp)
         return ops.head(x, self.head)
 
+    @property
+    def _row_dtype(self) -> mx.Dtype:
+        """In which the CPU kernels store keys and values: halves, but for a checkpoint of whole floats."""
+        norm = self.checkpoint.entry(f"{self.config.family.final_norm}.weight")
+        return mx.float32 if norm.dtype == "F32" else mx.float16
+
     def make_cache(
         self,
         capacity: int = 0,
@@ -71,7 +77,7 @@ class Decoder:
         max_kv_size: int | None = None,
         row_format: RowFormat | None = None,
         float_until: int = 0,
-    ) -> list[KVCache | PagedKVCache]:
+    ) -> list[AnyKVCache]:
         """An empty cache per layer, with room reserved for `capacity` positions.
 
         A layer that sees a window keeps no more than that. `max_kv_size` limits the others too: to the first
@@ -85,7 +91,7 @@ class Decoder:
                 f"max_kv_size is {max_kv_size}, expected more than the {KEPT_PREFIX} positions always kept"
             )
 
-        def make(layer: ops.AttentionWeights) -> KVCache | PagedKVCache:
+        def make(layer: ops.AttentionWeights) -> AnyKVCache:
             window = layer.window
             is_limited = limit is not None and (window is None or window > limit)
             options: dict[str, Any] = {
@@ -99,8 +105,7 @@ class Decoder:
                 and uses_cpu_kernels()
                 and layer.head_dim <= MAX_HEAD_DIM
             ):
-                is_float32 = layer.k.dtype == mx.float32
-                return PagedKVCache(dtype=mx.float32 if is_float32 else mx.float16, **options)
+                return PagedKVCache(dtype=self._row_dtype, **options)
             return KVCache(capacity=capacity, **options)
 
         return [make(layer.attention) for layer in self.layers]
@@ -108,11 +113,16 @@ class Decoder:
 
 def find_arrays(part: object) -> Iterator[mx.array]:
     """Every array of a model, or of a part of one, in the order of its records."""
-    if isinstance(part, mx.array):
+    return (found for found in find_weights(part) if isinstance(found, mx.array))
+
+
+def find_weights(part: object) -> Iterator[mx.array | ops.Packed]:
+    """Every array and every packed weight of a model, or of a part of one, in the order of its records."""
+    if isinstance(part, mx.array | ops.Packed):
         yield part
     elif isinstance(part, tuple):
         for item in part:
-            yield from find_arrays(item)
+            yield from find_weights(item)
     elif is_dataclass(part):
         for field in fields(part):
-            yield from find_arrays(getattr(part, field.name))
+            yield from find_weights(getattr(part, field.name))

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -16,7 +17,7 @@ from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, find_arrays
 from mlx_edge.models.interface import LanguageModel, ModelLimits
 from mlx_edge.models.packing import Packer
-from mlx_edge.runtime import convert_float, missing_native_part
+from mlx_edge.runtime import connect_blas, convert_float, missing_native_part
 from mlx_edge.text import Tokenizer, load_tokenizer
 from mlx_edge.weights import Checkpoint
 from mlx_edge.weights.hub import DEFAULT_MODEL, find_model
@@ -31,6 +32,9 @@ def load(
     lazy: bool = ...,
     return_config: Literal[False] = ...,
     revision: str | None = ...,
+    precision: ops.Precision = ...,
+    use_mmap: bool = ...,
+    mlock: bool = ...,
     bridge: None = ...,
 ) -> tuple[Decoder, Tokenizer]: ...
 
@@ -42,6 +46,9 @@ def load(
     lazy: bool = ...,
     return_config: Literal[True],
     revision: str | None = ...,
+    precision: ops.Precision = ...,
+    use_mmap: bool = ...,
+    mlock: bool = ...,
     bridge: None = ...,
 ) -> tuple[Decoder, Tokenizer, ModelConfig]: ...
 
@@ -53,6 +60,9 @@ def load(
     lazy: bool = ...,
     return_config: Literal[False] = ...,
     revision: str | None = ...,
+    precision: ops.Precision = ...,
+    use_mmap: bool = ...,
+    mlock: bool = ...,
     bridge: str | None,
 ) -> tuple[LanguageModel[Any], Tokenizer]: ...
 
@@ -64,6 +74,9 @@ def load(
     lazy: bool = ...,
     return_config: Literal[True],
     revision: str | None = ...,
+    precision: ops.Precision = ...,
+    use_mmap: bool = ...,
+    mlock: bool = ...,
     bridge: str | None,
 ) -> tuple[LanguageModel[Any], Tokenizer, ModelLimits]: ...
 
@@ -75,41 +88,97 @@ def load(
     return_config: bool = False,
     revision: str | None = None,
     bridge: str | None = None,
+    precision: ops.Precision = "int8",
+    use_mmap: bool = True,
+    mlock: bool = False,
 ) -> tuple[LanguageModel[Any], Tokenizer] | tuple[LanguageModel[Any], Tokenizer, ModelLimits]:
     """Load a model and its tokenizer from the bundled model's name, a folder or a hub id.
 
     What is returned may be used from any thread, and from several at once. `lazy` leaves the weights to be brought
     in by the first step, which must then run in the thread that loaded; `return_config` adds the configuration.
     `bridge="mlx-lm"` runs the model by mlx-lm's definition of its architecture, for one that is not defined here.
+    On a CPU, `precision` is that of the activations that meet quantized weights: int8 codes in groups, or floats, which
+    is several times slower. `use_mmap=False` copies the weights, so that nothing of the files is needed any more;
+    `mlock` keeps them in memory.
 
     Raises: ModelFormatError for a folder that is missing or broken, UnsupportedModelError for a model that
-    needs mathematics which are not here, InvalidRequestError for a name, revision or bridge that does not exist.
+    needs mathematics which are not here, InvalidRequestError for a name, revision or bridge that does not exist,
+    MemoryBudgetError when the system does not let memory be locked.
     """
     if bridge is not None and bridge not in BRIDGES:
         raise InvalidRequestError(f"bridge is {bridge!r}, expected {' or '.join(BRIDGES)}")
     notice = missing_native_part()
     if notice:
         logger.warning(notice)
+    if reason := connect_blas():
+        logger.info(reason)
     folder = find_model(str(path_or_hf_repo), revision=revision)
     model: LanguageModel[Any]
-    model = load_model(folder, lazy=lazy) if bridge is None else load_bridged(folder, lazy=lazy)
+    if bridge is None:
+        model = load_model(folder, lazy=lazy, precision=precision, use_mmap=use_mmap, mlock=mlock)
+    else:
+        model = load_bridged(folder, lazy=lazy)
     tokenizer = load_tokenizer(folder)
     return (model, tokenizer, model.config) if return_config else (model, tokenizer)
 
 
-def load_model(folder: Path, *, lazy: bool = False) -> Decoder:
-    """The model in a folder, without its tokenizer; raises as `load` does."""
+def load_model(
+    folder: Path,
+    *,
+    lazy: bool = False,
+    precision: ops.Precision = "int8",
+    use_mmap: bool = True,
+    mlock: bool = False,
+) -> Decoder:
+    """The model in a folder, without its tokenizer; options and errors as for `load`."""
     config = ModelConfig.from_folder(folder)
-    with Checkpoint.open(folder) as checkpoint:
-        packer = Packer(checkpoint, config.quantization) if ops.uses_cpu_kernels() else None
+    with Checkpoint.open(folder, use_mmap=use_mmap) as checkpoint:
+        packer = None
+        if ops.uses_cpu_kernels():
+            packer = Packer(
+                checkpoint,
+                config.quantization,
+                precision=precision,
+                use_file=use_mmap,
+                on_progress=show_progress("Packing weights for this CPU, once"),
+            )
         model = Assembler(checkpoint, config, convert_float, packer).assemble()
         start = time.perf_counter()
         if not lazy:
             # All of them, also the packed ones and the views: what stays lazy can be used in this thread only.
             mx.eval(list(find_arrays(model)))
+        if mlock:
+            checkpoint.lock_memory()
+            if packer is not None:
+                packer.lock_memory()
         report = replace(
             checkpoint.report,
             convert_s=time.perf_counter() - start,
-            packed=packer.file.report if packer is not None and packer.file is not None else None,
+            packed=packer.report if packer is not None else None,
         )
     return replace(model, load_report=report)
+
+
+def show_progress(title: str) -> Callable[[int, int], None]:
+    """A bar of bytes on a terminal's stderr, for work that takes more than a moment."""
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            from tqdm import tqdm
+
+            bar = tqdm(
+                total=total,
+                desc=title,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                delay=0.5,
+                disable=None,
+            )
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show

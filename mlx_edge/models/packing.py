@@ -16,7 +16,7 @@ import numpy as np
 from mlx_edge import ops
 from mlx_edge.models.quantization import Packing, Quantization
 from mlx_edge.ops.cpu import extension
-from mlx_edge.weights import Checkpoint, PackedFile, Part, open_packed
+from mlx_edge.weights import Checkpoint, PackedFile, PackReport, Part, open_packed
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
 
 LAYOUT = 1  # of packed weights, as cpu_kernels/README.md draws it; another one packs anew
@@ -58,29 +58,32 @@ class Packer:
             )
 
     @property
-    def file(self) -> PackedFile | None:
-        """The repacked weights, or None when the checkpoint has none to repack."""
-        return self._file
+    def report(self) -> PackReport | None:
+        """What was repacked and where it lies, or None when the checkpoint has nothing to repack."""
+        return None if self._file is None else self._file.report
+
+    def lock_memory(self) -> None:
+        """Keeps the repacked weights in memory; MemoryBudgetError when the system does not allow it."""
+        if self._file is not None:
+            self._file.lock_memory()
 
     def pack(self, layer: str, bias: mx.array | None) -> ops.Packed | None:
         """The weight of a layer with its bias, or None when the kernels do not serve it."""
         numbers = [] if bias is None else bias.tolist()
         restore = cache(lambda: _restore(self._checkpoint, layer, self._quantization, bias))
         if self._file is not None and layer in self._sizes:
-            sizes, dtype = self._sizes[layer], self._checkpoint.entry(f"{layer}.scales").dtype
+            sizes = self._sizes[layer]
             memory: Any = self._file.parts[layer]
         else:
             entry = self._checkpoint.entry(f"{layer}.weight")
             if entry.dtype not in FLOAT_TYPES or len(entry.shape) != 2:
                 return None
-            dtype = entry.dtype
-            sizes = _matrix("dense", *entry.shape, 0, 0, dtype)
+            sizes = _matrix("dense", *entry.shape, 0, 0, entry.dtype)
             memory = self._checkpoint.read_bytes(f"{layer}.weight")
         return ops.Packed(
             extension().Weight(sizes, memory, numbers),
             (sizes.rows, sizes.columns),
             sizes.num_bytes,
-            ELEMENT_TYPES[dtype].mlx,
             self._precision,
             restore,
         )
@@ -151,7 +154,6 @@ def pack_weight(
         extension().Weight(sizes, memory, numbers),
         (rows, columns),
         sizes.num_bytes,
-        dtype,
         precision,
         lambda: weights,
     )

@@ -15,9 +15,10 @@ from typing import Literal, NoReturn, overload
 import mlx.core as mx
 import numpy as np
 
-from mlx_edge.cache import CacheFacts, CacheState, KVCache
+from mlx_edge import ops
+from mlx_edge.cache import AnyKVCache, CacheFacts, CacheState, KVCache
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError, ModelFormatError
-from mlx_edge.models.decoder import KEPT_PREFIX, Decoder, find_arrays
+from mlx_edge.models.decoder import KEPT_PREFIX, Decoder, find_weights
 from mlx_edge.text.tokenizer_config import read_tokenizer_config
 from mlx_edge.weights import SafetensorsFile, write_safetensors
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
@@ -54,7 +55,7 @@ def describe_prompt(
 
 
 def save_prompt_cache(
-    path: str | Path, caches: Sequence[KVCache], metadata: Mapping[str, str]
+    path: str | Path, caches: Sequence[AnyKVCache], metadata: Mapping[str, str]
 ) -> None:
     """Write what `caches` hold to one file, whole or not at all; `metadata` begins with `describe_prompt`'s.
 
@@ -94,18 +95,18 @@ def save_prompt_cache(
 @overload
 def load_prompt_cache(
     path: str | Path, model: Decoder, *, return_metadata: Literal[False] = ...
-) -> list[KVCache]: ...
+) -> list[AnyKVCache]: ...
 
 
 @overload
 def load_prompt_cache(
     path: str | Path, model: Decoder, *, return_metadata: Literal[True]
-) -> tuple[list[KVCache], dict[str, str]]: ...
+) -> tuple[list[AnyKVCache], dict[str, str]]: ...
 
 
 def load_prompt_cache(
     path: str | Path, model: Decoder, *, return_metadata: bool = False
-) -> list[KVCache] | tuple[list[KVCache], dict[str, str]]:
+) -> list[AnyKVCache] | tuple[list[AnyKVCache], dict[str, str]]:
     """The caches of a file, ready to be continued by `model`; `return_metadata` adds what the file tells.
 
     Raises: ModelFormatError for a file that is broken, of another kind or version, or holds what does not fit;
@@ -144,7 +145,7 @@ def fingerprint_model(model: Decoder) -> str:
     for name in sorted(model.checkpoint.names()):
         entry = model.checkpoint.entry(name)
         digest.update(repr((name, entry.dtype, entry.shape)).encode())
-    samples = [_sample(array) for array in find_arrays(model)]
+    samples = [_sample(weight) for weight in find_weights(model)]
     mx.eval(samples)
     for sample in samples:
         digest.update(np.asarray(sample).tobytes())
@@ -157,9 +158,13 @@ def fingerprint_template(model: Decoder) -> str:
     return hashlib.sha256(json.dumps(dict(templates), sort_keys=True).encode()).hexdigest()
 
 
-def _sample(array: mx.array) -> mx.array:
-    """At most a few thousand numbers from all over an array, as bytes."""
-    table = array.reshape(-1, array.shape[-1] if array.ndim > 1 else 1)
+def _sample(weight: mx.array | ops.Packed) -> mx.array:
+    """At most a few thousand numbers from all over a weight, as bytes."""
+    if isinstance(weight, ops.Packed):
+        rows = mx.arange(0, weight.shape[0], max(1, weight.shape[0] // 64), dtype=mx.int32)
+        table = ops.embed(rows, ops.Embedding(weight))
+        return _sample(table)
+    table = weight.reshape(-1, weight.shape[-1] if weight.ndim > 1 else 1)
     row_step, column_step = (max(1, n // 64) for n in table.shape)
     return mx.contiguous(table[::row_step, ::column_step]).reshape(-1).view(mx.uint8)
 
@@ -257,7 +262,7 @@ def _token_counts(text: str, model: Decoder) -> tuple[int, ...]:
 
 def _read_caches(
     file: SafetensorsFile, layers: Sequence[CacheFacts], model: Decoder
-) -> list[KVCache]:
+) -> list[AnyKVCache]:
     """The caches, once every tensor is there with the shape and type that the model itself gives its rows."""
     probe = model.make_cache(row_format=layers[0].current_format)
     model(mx.zeros((1, 1), mx.int32), probe)  # lazy: only shapes and types are looked at
@@ -281,7 +286,7 @@ def _read_caches(
         states.append(CacheState(facts, tuple(rows)))
     if unread:
         raise ModelFormatError(f"{len(unread)} tensors belong to nothing")
-    caches = [KVCache.from_state(state) for state in states]
+    caches = [type(like).from_state(state) for like, state in zip(probe, states, strict=True)]
     mx.eval([array for cache in caches for array in cache.arrays])  # before the file is closed
     return caches
 

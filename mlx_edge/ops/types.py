@@ -58,7 +58,6 @@ class Packed:
     handle: Any  # the kernels' own record
     shape: tuple[int, int]  # (N, E)
     weight_bytes: int  # that one pass reads
-    dtype: mx.Dtype  # of the scales, or of a float weight's elements
     precision: Precision
     restore: Callable[[], Dense | Quantized] = field(repr=False)
 

@@ -1,6 +1,7 @@
 """Speculative decoding changes how fast a text comes and nothing else: tokens, draws and caches are the loop's."""
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +190,18 @@ def test_a_cancelled_prefill_leaves_whole_steps(model: Decoder) -> None:
         )
     assert cache[0].offset == 6
     assert run_plain(model, PROMPT[6:], prompt_cache=cache) == run_plain(model)
+
+
+def test_any_thread_may_go_on(model: Decoder, draft: Decoder, plain: dict[str, list[int]]) -> None:
+    for proposer in (DraftModel(draft, 131, 4), Told(plain["full"], [(4, 2), (0, None)])):
+        steps = speculative_generate_step(array(PROMPT), model, proposer)
+        for wanted in plain["full"][:12]:
+            with ThreadPoolExecutor(
+                1
+            ) as pool:  # it has ended, and its streams with it, by the next token
+                assert pool.submit(next, steps).result().token == wanted  # type: ignore[arg-type]
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(steps.close).result()
 
 
 def test_the_context_may_end_within_a_draft(model: Decoder) -> None:

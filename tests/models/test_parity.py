@@ -25,7 +25,7 @@ def logits_in_chunks(model: Any, tokens: mx.array, cuts: list[int]) -> np.ndarra
 
 
 def assert_same_logits(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    ours = load_model(save_model(model, config, folder))
+    ours = load_model(save_model(model, config, folder), precision="float")
     tokens = mx.random.randint(0, config["vocab_size"], (2, TOKENS))
     wanted = np.array(model(tokens))
     for cuts in ([], [1], [31, 32, 33], [20, 64], list(range(60, TOKENS))):
@@ -93,10 +93,11 @@ def test_stored_dtypes_are_read(dtype: mx.Dtype, tmp_path: Path) -> None:
     model = make_model(config)
     model.set_dtype(dtype)
     folder = save_model(model, config, tmp_path)
-    ours = load_model(folder)
+    ours = load_model(folder, precision="float")
     model.set_dtype(mx.float32)  # what a CPU computes in
     tokens = mx.array([[1, 2, 3, 4]])
-    assert np.allclose(np.array(ours(tokens)), np.array(model(tokens)), atol=1e-4)
+    # The CPU kernels store keys and values of such models as halves.
+    assert np.allclose(np.array(ours(tokens)), np.array(model(tokens)), atol=2e-3)
 
 
 def one_by_one(model: Any, tokens: mx.array, cache: Any) -> np.ndarray:
@@ -111,7 +112,7 @@ def test_cache_kinds_equal_mlx_lms(name: str, kind: str, tmp_path: Path) -> None
 
     config = {**CONFIGS[name], "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = make_model(config)
-    ours = load_model(save_model(model, config, tmp_path))
+    ours = load_model(save_model(model, config, tmp_path), precision="float")
     if kind == "limited":
         theirs: Any = [RotatingKVCache(max_size=40, keep=4) for _ in ours.layers]
         cache = ours.make_cache(max_kv_size=40)

@@ -29,6 +29,8 @@ def f64(array: mx.array) -> np.ndarray:
 
 def matrix(weights: ops.Linear) -> np.ndarray:
     """The weight that is meant, (N, E), unpacked here from its bits and not by MLX."""
+    if isinstance(weights, ops.Packed):
+        return matrix(weights.restore())
     if isinstance(weights, ops.Dense):
         return f64(weights.weight)
     packs = np.array(weights.weight).astype("<u4")
@@ -47,6 +49,8 @@ def matrix(weights: ops.Linear) -> np.ndarray:
 
 
 def linear(x: np.ndarray, weights: ops.Linear) -> np.ndarray:
+    if isinstance(weights, ops.Packed):
+        weights = weights.restore()
     y = x @ matrix(weights).T
     return y if weights.bias is None else y + f64(weights.bias)
 

@@ -5,6 +5,8 @@ rounding of their type where a backend accumulates in float32; MLX's own CPU bac
 which is why the reference is measured in float32 here and why models are held in float32 on a CPU.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import mlx.core as mx
@@ -12,23 +14,62 @@ import numpy as np
 import pytest
 
 from mlx_edge import ops
-from mlx_edge.cache import KVCache, prepare_step
+from mlx_edge.cache import KVCache, PagedKVCache, prepare_step
+from mlx_edge.models.packing import pack_weight
 from mlx_edge.ops.cases import TEST, AttentionCase, BlockCase, LinearCase, RowCase
 from mlx_edge.ops.reference import IMPLEMENTATIONS
 from mlx_edge.ops.select import BACKENDS
 from tests.ops import oracle
 
 TOLERANCE = 3e-6  # of the largest value of the result, float32
+INT8_TOLERANCE = (
+    5e-2  # where activations are int8 codes: steps of 1 / 127, and results as small as one number
+)
 
 
-@pytest.fixture(params=[backend.name for backend in BACKENDS], autouse=True)
-def backend(request: pytest.FixtureRequest):
-    lacking = next(b for b in BACKENDS if b.name == request.param).missing()
+@dataclass(frozen=True)
+class Served:
+    """A backend, and the precision of the activations that meet its quantized weights."""
+
+    backend: str
+    precision: ops.Precision = "float"
+
+    def __str__(self) -> str:
+        return f"{self.backend}-int8" if self.precision == "int8" else self.backend
+
+
+SERVED = [*(Served(backend.name) for backend in BACKENDS), Served("cpu", "int8")]
+
+
+@pytest.fixture(params=SERVED, ids=str, autouse=True)
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    lacking = next(b for b in BACKENDS if b.name == request.param.backend).missing()
     if lacking is not None:
         pytest.skip(f"{request.param}: {lacking}")
-    with ops.use(request.param):
+    with ops.use(request.param.backend):
         mx.random.seed(7)
         yield request.param
+
+
+def make_ready(weights: ops.Linear, served: Served) -> ops.Linear:
+    """The weights as the backend takes them; skips what it says it does not serve."""
+    if served.backend != "cpu":
+        return weights
+    assert not isinstance(weights, ops.Packed)
+    try:
+        return pack_weight(weights, served.precision)
+    except ValueError as error:
+        pytest.skip(f"left to the reference: {error}")
+
+
+def skip_missing_op(op: str, served: Served) -> None:
+    backend = next(b for b in BACKENDS if b.name == served.backend)
+    if op not in backend.ops:
+        pytest.skip(f"{backend.name} has no {op} apart from its blocks")
+
+
+def tolerance_of(served: Served, bits: int) -> float:
+    return INT8_TOLERANCE if served.precision == "int8" and bits else TOLERANCE
 
 
 def normal(*shape: int) -> mx.array:
@@ -63,10 +104,13 @@ def assert_close(found: mx.array, wanted: np.ndarray, tolerance: float = TOLERAN
 
 
 @pytest.mark.parametrize("case", TEST.linear, ids=str)
-def test_linear(case: LinearCase) -> None:
-    weights = make_linear(case.n, case.k, case.bits, case.group_size, case.has_bias, case.mode)
+def test_linear(case: LinearCase, served: Served) -> None:
+    weights = make_ready(
+        make_linear(case.n, case.k, case.bits, case.group_size, case.has_bias, case.mode), served
+    )
     x = normal(1, case.m, case.k)
-    assert_close(ops.linear(x, weights), oracle.linear(oracle.f64(x), weights))
+    wanted = oracle.linear(oracle.f64(x), weights)
+    assert_close(ops.linear(x, weights), wanted, tolerance_of(served, case.bits))
 
 
 @pytest.mark.parametrize("case", TEST.rows, ids=str)
@@ -84,19 +128,21 @@ def test_glu(case: RowCase, activation: ops.Activation) -> None:
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
-def test_embed_and_head(bits: int) -> None:
-    table = make_linear(53, 128, bits)
+def test_embed_and_head(bits: int, served: Served) -> None:
+    table = make_ready(make_linear(53, 128, bits), served)
     tokens = mx.array([[0, 52, 7], [7, 1, 0]])
     embedding = ops.Embedding(table)
     x = ops.embed(tokens, embedding)
     assert_close(x, oracle.embed(np.array(tokens), embedding))
     weights = ops.HeadWeights(make_norm(128), table)
-    assert_close(ops.head(x, weights), oracle.head(oracle.f64(x), weights))
+    wanted = oracle.head(oracle.f64(x), weights)
+    assert_close(ops.head(x, weights), wanted, tolerance_of(served, bits))
 
 
 @pytest.mark.parametrize("is_interleaved", [False, True])
 @pytest.mark.parametrize(("dims", "magnitude"), [(16, 1.0), (8, 1.25)])
-def test_rotate(is_interleaved: bool, dims: int, magnitude: float) -> None:
+def test_rotate(is_interleaved: bool, dims: int, magnitude: float, served: Served) -> None:
+    skip_missing_op("rotate", served)
     rope = ops.Rope(
         10000.0 ** (mx.arange(0, dims, 2) / dims), dims, is_interleaved, magnitude=magnitude
     )
@@ -107,7 +153,8 @@ def test_rotate(is_interleaved: bool, dims: int, magnitude: float) -> None:
 
 
 @pytest.mark.parametrize("case", TEST.attention, ids=str)
-def test_attention(case: AttentionCase) -> None:
+def test_attention(case: AttentionCase, served: Served) -> None:
+    skip_missing_op("attention", served)
     total = case.stored + case.width
     keys, values = (normal(case.batch, case.kv_heads, total, case.head_dim) for _ in range(2))
     q = normal(case.batch, case.heads, case.width, case.head_dim)
@@ -128,7 +175,8 @@ def test_attention(case: AttentionCase) -> None:
     assert_close(ops.attention(q, segments, meta, scale=scale, window=case.window), wanted)
 
 
-def test_attention_skips_empty_slots_and_padding() -> None:
+def test_attention_skips_empty_slots_and_padding(served: Served) -> None:
+    skip_missing_op("attention", served)
     keys, values, q = normal(2, 2, 9, 16), normal(2, 2, 9, 16), normal(2, 4, 3, 16)
     # Row 0 holds 5 positions in ring order, row 1 all nine; row 0 brings 2 new tokens, row 1 three.
     positions = mx.array([[4, 0, -1, 1, 2, -1, 3, -1, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
@@ -146,11 +194,11 @@ def test_attention_skips_empty_slots_and_padding() -> None:
     assert np.all(np.array(found[0, :, 2]) == 0)
 
 
-def make_layer(case: BlockCase) -> ops.AttentionWeights:
+def make_layer(case: BlockCase, served: Served) -> ops.AttentionWeights:
     query, key = case.heads * case.head_dim, case.kv_heads * case.head_dim
 
     def project(n: int, k: int) -> ops.Linear:
-        return make_linear(n, k, case.bits, has_bias=case.has_bias)
+        return make_ready(make_linear(n, k, case.bits, has_bias=case.has_bias), served)
 
     return ops.AttentionWeights(
         norm=make_norm(case.hidden),
@@ -169,30 +217,49 @@ def make_layer(case: BlockCase) -> ops.AttentionWeights:
 
 
 @pytest.mark.parametrize("case", TEST.block, ids=str)
-def test_attention_block(case: BlockCase) -> None:
-    weights = make_layer(case)
+def test_attention_block(case: BlockCase, served: Served) -> None:
+    weights = make_layer(case, served)
     dims = case.rope_dims or case.head_dim
     rope = ops.Rope(10000.0 ** (mx.arange(0, dims, 2) / dims), dims, case.is_interleaved)
-    kv, past = KVCache(), None
+    kv = PagedKVCache(dtype=mx.float32) if served.backend == "cpu" else KVCache()
+    past = None
     for width in case.steps:
         x = normal(case.batch, width, case.hidden)
         prepare_step([kv])
         meta = ops.StepMeta.uniform(kv.offset, batch_size=case.batch, width=width)
         found = ops.attention_block(x, weights, kv, rope, meta)
         wanted, past = oracle.attention_block(oracle.f64(x), weights, rope, past)
-        assert_close(found, wanted, 1e-5)
+        assert_close(found, wanted, max(1e-5, tolerance_of(served, case.bits)))
 
 
 @pytest.mark.parametrize("case", TEST.block, ids=str)
-def test_mlp_block(case: BlockCase) -> None:
+def test_mlp_block(case: BlockCase, served: Served) -> None:
+    def project(n: int, k: int) -> ops.Linear:
+        return make_ready(make_linear(n, k, case.bits, has_bias=case.has_bias), served)
+
     weights = ops.MLPWeights(
         norm=make_norm(case.hidden),
-        gate=make_linear(case.inner, case.hidden, case.bits, has_bias=case.has_bias),
-        up=make_linear(case.inner, case.hidden, case.bits, has_bias=case.has_bias),
-        down=make_linear(case.hidden, case.inner, case.bits, has_bias=case.has_bias),
+        gate=project(case.inner, case.hidden),
+        up=project(case.inner, case.hidden),
+        down=project(case.hidden, case.inner),
     )
     x = normal(case.batch, case.steps[-1], case.hidden)
-    assert_close(ops.mlp_block(x, weights), oracle.mlp_block(oracle.f64(x), weights))
+    wanted = oracle.mlp_block(oracle.f64(x), weights)
+    assert_close(ops.mlp_block(x, weights), wanted, tolerance_of(served, case.bits))
+
+
+@pytest.mark.parametrize("case", [*TEST.rows, RowCase(2, 20000)], ids=str)
+def test_log_softmax(case: RowCase) -> None:
+    x = 5 * normal(1, case.rows, case.width)
+    shifted = oracle.f64(x) - oracle.f64(x).max(-1, keepdims=True)
+    wanted = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    assert_close(ops.log_softmax(x), wanted)
+
+
+@pytest.mark.parametrize("case", TEST.rows, ids=str)
+def test_argmax(case: RowCase) -> None:
+    x = mx.round(normal(1, case.rows, case.width))  # of equal numbers the first
+    assert ops.argmax(x).tolist() == np.argmax(np.array(x), -1).tolist()
 
 
 def test_every_op_is_tested_here() -> None:
