@@ -71,21 +71,30 @@ def start_child(
     words: list[str], *, cores: int, folder: Path, errors: IO[bytes] | int, is_asked: bool = False
 ) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own; `is_asked` gives it a standard input."""
-    return subprocess.Popen(
-        words,
-        cwd=folder,
-        stdin=subprocess.PIPE if is_asked else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        start_new_session=True,
-        preexec_fn=lambda: _confine(cores),
-    )
+    with _confined(cores):
+        return subprocess.Popen(
+            words,
+            cwd=folder,
+            stdin=subprocess.PIPE if is_asked else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,
+        )
 
 
-def _confine(cores: int) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+@contextlib.contextmanager
+def _confined(cores: int) -> Iterator[None]:
+    """This thread on some of its cores, which a child that is started meanwhile inherits."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(own)[:cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def _pieces(child: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes]:

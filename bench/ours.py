@@ -137,7 +137,7 @@ def hold(bench: Bench) -> None:
 def main() -> None:
     """Load, warm up, measure."""
     bench = Bench(sys.argv[1])
-    say({"name": "load", "seconds": bench.load_s, "import": bench.import_s})
+    say({"name": "load", "s": bench.load_s, "import_s": bench.import_s})
     if sys.argv[2] == "hold":
         hold(bench)
         return

@@ -147,12 +147,10 @@ def main() -> None:
     kind, model, threads, plan = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     start = time.perf_counter()
     peer: Peer
-    if kind == "openvino":
-        peer = OpenVINO(model, threads)
-    else:
-        peer = MLXLM(model, is_float32=kind == "mlx-lm")
-    say({"name": "load", "seconds": time.perf_counter() - start})
-    if kind == "openvino":
+    is_openvino = kind == "openvino"
+    peer = OpenVINO(model, threads) if is_openvino else MLXLM(model, is_float32=kind == "mlx-lm")
+    say({"name": "load", "s": time.perf_counter() - start})
+    if is_openvino:
         peer.decode(1, 0)  # not counted: first use of everything
     for step in json.loads(plan):
         measure(peer, step)

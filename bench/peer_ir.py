@@ -2,9 +2,9 @@
 
     python peer_ir.py MODEL-Q4_0.gguf FOLDER
 
-Runs in the peers' environment. FOLDER/gguf gets what the reader makes (groups of 32, the head in groups of 16), so that a
-measurement need not read the GGUF again; FOLDER/int4 the same graph with the weights as `optimum-cli export openvino`
-packs them by default: 4 bits in groups of 128, the embedding and head in 8 bits with one scale a row. Values are random.
+Runs in the peers' environment. FOLDER/gguf gets what the reader makes (groups of 32, the head in groups of 16), so that
+a measurement need not read the GGUF again; FOLDER/int4 the same graph, its weights as `optimum-cli export openvino`
+packs them by default: 4 bits in groups of 128, embedding and head in 8 bits with a scale a row. Values are random.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import openvino as ov  # type: ignore[import-not-found]
 import openvino_genai as genai  # type: ignore[import-not-found]
-from openvino import opset13 as op  # type: ignore[import-not-found]
+from openvino import opset13 as op
 
 GROUP_SIZE = 128
 
@@ -67,7 +67,9 @@ def random_weights(rng: np.random.Generator, rows: int, columns: int, is_head: b
 
 def _as_float(packed: Any, shape: list[int], bits: int) -> Any:
     kind = ov.Type.u8 if bits == 8 else ov.Type.u4
-    return op.convert(op.constant(ov.Tensor(packed, ov.Shape(shape), kind)), ov.Type.f16)
+    tensor = ov.Tensor(kind, ov.Shape(shape))  # memory of its own: a constant does not keep numpy's
+    tensor.data[...] = packed.reshape(tensor.data.shape)
+    return op.convert(op.constant(tensor), ov.Type.f16)
 
 
 def save_as_exported(source: Path, folder: Path) -> None:

@@ -128,8 +128,8 @@ class Jobs:
             run = partial(
                 runs.run_driver, "openvino", self.place, models.ir(kind), plan.steps(), plan
             )
-            needs = ("pip openvino", f"GGUF {shape}", f"IR {shape}")
-            yield Job(f"{OPENVINO} {word}", shape, threads, run, needs)
+            made = ("pip openvino", f"GGUF {shape}", f"IR {shape}")
+            yield Job(f"{OPENVINO} {word}", shape, threads, run, made)
         yield Job(AGAIN, shape, threads, ours)
 
     def _mlxlm(self, index: int, plan: Plan) -> Iterator[Job]:

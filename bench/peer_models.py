@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peer_setup import StepFailed, Workplace
+from bench.peer_setup import StepFailed, Word, Workplace
 
 BITS, GROUP_SIZE = 4, 64
 QUANTIZATIONS = ("Q4_0", "Q4_K_M")
@@ -259,8 +259,8 @@ def _make_gguf(models: Models, place: Workplace, say: Callable[[str], None]) -> 
         described = json.dumps({**asdict(shape), "context": CONTEXT})
         part = models.gguf("F16.part")
         script = Path(__file__).with_name("peer_gguf.py")
-        words = [script, described, models.mlx / "tokenizer.json", part]
-        place.run("gguf", [place.python, *words])
+        words: list[Word] = [place.python, script, described, models.mlx / "tokenizer.json", part]
+        place.run("gguf", words)
         part.rename(floats)
     for name in missing:
         say(f"{shape.name}: llama-quantize {name}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.child import Finished, end_child, run_child, start_child
 from bench.peer_models import Models
-from bench.peer_setup import Workplace
+from bench.peer_setup import Word, Workplace
 
 ROOT = Path(__file__).parents[1]
 DRIVERS = Path(__file__).with_name("peer_drivers.py")
@@ -32,7 +32,7 @@ class Plan:
     threads: int = 2
     limit_s: float = 300.0  # of each child
 
-    def steps(self) -> list[dict[str, int | str]]:
+    def steps(self) -> list[dict[str, Any]]:
         """In the words of bench/ours.py and of the peers' drivers."""
         return [
             *({"do": "prefill", "tokens": prompt} for prompt in self.prompts),
@@ -58,7 +58,7 @@ class Measured:
 
 def run_ours(models: Models, steps: list[dict[str, Any]], plan: Plan) -> Measured:
     """mlx_edge, in a process of its own."""
-    command = [sys.executable, "-m", "bench.ours", models.mlx, json.dumps(steps)]
+    command: list[Word] = [sys.executable, "-m", "bench.ours", models.mlx, json.dumps(steps)]
     child = run_child(command, limit_s=plan.limit_s, cores=plan.threads, folder=ROOT)
     measured = _from_lines(child)
     measured.values["weight_bytes"] = models.weight_bytes()
@@ -67,7 +67,7 @@ def run_ours(models: Models, steps: list[dict[str, Any]], plan: Plan) -> Measure
 
 def run_driver(kind: str, place: Workplace, model: Path, steps: list[Any], plan: Plan) -> Measured:
     """OpenVINO or mlx-lm, in a process of the peers' environment."""
-    command = [place.python, DRIVERS, kind, model, str(plan.threads), json.dumps(steps)]
+    command: list[Word] = [place.python, DRIVERS, kind, model, str(plan.threads), json.dumps(steps)]
     child = run_child(command, limit_s=plan.limit_s, cores=plan.threads, folder=place.root)
     measured = _from_lines(child)
     measured.values["peak_bytes"] = child.peak_bytes
@@ -106,7 +106,18 @@ def _values(name: str, said: dict[str, Any]) -> dict[str, float]:
 def run_llama(place: Workplace, model: Path, repack: bool, plan: Plan) -> Measured:
     """llama-bench: prompts and generation, then generation after a filled context."""
     measured = Measured()
-    common = ["-m", model, "-t", str(plan.threads), "-fa", "1", "-r", "1", "-o", "jsonl"]
+    common: list[Word] = [
+        "-m",
+        model,
+        "-t",
+        str(plan.threads),
+        "-fa",
+        "1",
+        "-r",
+        "1",
+        "-o",
+        "jsonl",
+    ]
     common += ["--repack", str(int(repack))]
     prompts = ",".join(map(str, plan.prompts))
     runs = [["-p", prompts, "-n", str(plan.tokens)]]
@@ -137,7 +148,7 @@ def _llama_rate(line: str) -> dict[str, float]:
 
 def run_llama_batch(place: Workplace, model: Path, repack: bool, plan: Plan, rows: int) -> Measured:
     """llama-batched-bench: many rows at once, all with 128 prompt tokens and 32 new ones."""
-    command = [place.tool("llama-batched-bench"), "-m", model, "-t", str(plan.threads)]
+    command: list[Word] = [place.tool("llama-batched-bench"), "-m", model, "-t", str(plan.threads)]
     command += ["-fa", "on", "-c", "4096", "-npp", "128", "-ntg", "32", "-npl", str(rows)]
     command += ["--output-format", "jsonl", *([] if repack else ["--no-repack"])]
     child = run_child(command, limit_s=plan.limit_s, cores=plan.threads, folder=place.root)
@@ -151,7 +162,7 @@ def run_llama_batch(place: Workplace, model: Path, repack: bool, plan: Plan, row
     return measured
 
 
-def run_cold(command: list[str | Path], plan: Plan, folder: Path = ROOT) -> Measured:
+def run_cold(command: list[Word], plan: Plan, folder: Path = ROOT) -> Measured:
     """A process from its start to its first byte of text; twice, the second counts, as all files are then cached."""
     measured = Measured()
     for _ in range(2):
@@ -168,13 +179,13 @@ def run_cold(command: list[str | Path], plan: Plan, folder: Path = ROOT) -> Meas
     return measured
 
 
-def cold_ours(model: Path | str) -> list[str | Path]:
+def cold_ours(model: Path | str) -> list[Word]:
     """Our command, one token."""
     words = ["--prompt", PROMPT, "--max-tokens", "1", "--verbose", "False"]
     return [sys.executable, "-m", "mlx_edge.generate", "--model", model, *words]
 
 
-def cold_llama(place: Workplace, model: Path, plan: Plan, *options: str) -> list[str | Path]:
+def cold_llama(place: Workplace, model: Path, plan: Plan, *options: str) -> list[Word]:
     """llama.cpp's command with its defaults, one token."""
     words = ["-p", PROMPT, "-n", "1", "-t", str(plan.threads), "-no-cnv", "--no-display-prompt"]
     return [place.tool("llama-completion"), "-m", model, *words, *options]
@@ -182,7 +193,7 @@ def cold_llama(place: Workplace, model: Path, plan: Plan, *options: str) -> list
 
 def run_stream(place: Workplace, plan: Plan, seconds: float) -> Measured:
     """The memory reader: median and best pass, GB/s."""
-    command = [place.stream, str(plan.threads), str(seconds)]
+    command: list[Word] = [place.stream, str(plan.threads), str(seconds)]
     child = run_child(command, limit_s=60, cores=plan.threads, folder=place.root)
     measured = Measured()
     measured.add(child)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,9 @@ CMAKE_OPTIONS = {
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_OPENSSL": "OFF",
 }
+
+
+Word = str | Path
 
 
 class StepFailed(Exception):
@@ -66,13 +69,17 @@ class Workplace:
         """Where the models are."""
         return self.root / "models"
 
-    def run(self, name: str, command: list[str | Path], folder: Path | None = None) -> None:
+    def run(self, name: str, command: Sequence[Word], folder: Path | None = None) -> None:
         """Run one command of a step, its output in logs/NAME.log."""
         log = self.root / "logs" / f"{name}.log"
         with log.open("a") as lines:
             try:
                 done = subprocess.run(
-                    [str(word) for word in command], cwd=folder, stdout=lines, stderr=lines
+                    [str(word) for word in command],
+                    cwd=folder,
+                    stdout=lines,
+                    stderr=lines,
+                    check=False,
                 )
             except OSError as failure:
                 raise StepFailed(f"{command[0]}: {failure.strerror}") from failure
@@ -135,7 +142,7 @@ def _build_llama(place: Workplace) -> None:
     sources = list((place.root / "source").glob("*/vendor/llama.cpp"))
     if not sources:
         raise StepFailed("the source archive holds no vendor/llama.cpp")
-    cmake: str | Path | None = shutil.which("cmake")
+    cmake: Word | None = shutil.which("cmake")
     if cmake is None:
         place.run("pip", [place.python, "-m", "pip", "install", "--quiet", "cmake"])
         cmake = place.root / "env" / "bin" / "cmake"
@@ -189,4 +196,5 @@ def peer_versions(place: Workplace) -> dict[str, str]:
         )
     except (OSError, subprocess.CalledProcessError):
         return versions
-    return versions | json.loads(found.stdout)
+    installed: dict[str, str] = json.loads(found.stdout)
+    return versions | installed

@@ -234,8 +234,7 @@ def null_runs(rounds: Rounds, shape: str) -> dict[str, Figure]:
         "stream": ("STREAM", "STREAM again", "gbs"),
     }
     for key, (first, second, name) in pairs.items():
-        pair = [rounds.series(shape, peer, name) for peer in (first, second)]
-        nulls[key] = compare(*pair)
+        nulls[key] = compare(rounds.series(shape, first, name), rounds.series(shape, second, name))
     plain = rounds.series(shape, OURS + " replay", "replay_prose_plain_seconds")
     nulls["replay"] = compare(
         plain, rounds.series(shape, AGAIN + " replay", "replay_prose_plain_seconds")

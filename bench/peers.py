@@ -70,10 +70,13 @@ class Journal:
         stored = [record for line in lines if (record := _parse(line)) is not None]
         known = bool(stored) and stored[0].get("identity") == identity
         self.records: list[dict[str, Any]] = stored[1:] if known and not is_fresh else []
-        if not self.records:
-            if stored:
-                path.replace(path.with_suffix(".old.jsonl"))
-            self._append({"identity": identity})
+        if self.records:
+            kept = [json.dumps(record) for record in stored]  # without a line that a kill has cut
+            path.write_text("\n".join(kept) + "\n")
+            return
+        if stored:
+            path.replace(path.with_suffix(".old.jsonl"))
+        self._append({"identity": identity})
 
     def has(self, index: int, job: Job) -> bool:
         """Whether this job of this round is done."""

@@ -11,8 +11,9 @@ from typing import Any
 import matplotlib  # type: ignore[import-not-found]
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # type: ignore[import-not-found]
+from matplotlib import pyplot as plt
 
+LESS_IS_BETTER = ("cold_first_token_vs_llamacpp", "peak_memory_over_weights")
 FAMILIES = ("mlx_edge", "llama.cpp", "OpenVINO", "mlx-lm")
 COLORS = dict(zip(FAMILIES, ("#d1495b", "#30638e", "#3c8d5a", "#8d8d8d"), strict=True))
 RATES = {"prefill": "prompt of {} tokens", "decode": "decode after {} tokens"}
@@ -30,7 +31,8 @@ def draw_ratios(axes: Any, result: dict[str, Any]) -> None:
     axes.axvline(1.0, color="#999999", linewidth=1, linestyle="--")
     axes.set_xscale("log")
     axes.margins(x=0.2)
-    axes.set_yticks(range(len(keys)), list(reversed(keys)), size=8)
+    names = [f"{key} (less is better)" if key in LESS_IS_BETTER else key for key in reversed(keys)]
+    axes.set_yticks(range(len(keys)), names, size=8)
     axes.set_title("ours / theirs, median and spread over rounds", size=10)
 
 
@@ -54,14 +56,15 @@ def draw_rates(axes: Any, group: dict[str, Any], column: str) -> None:
         errors = [[below], [above]]
         axes.bar(index, value["median"], color=COLORS[family], yerr=errors, capsize=3)
         axes.annotate(
-            f"{value['median']:.3g}",
-            (index, 0),
+            f"{value['median']:.1f}",
+            (index, value["high"]),
             (0, 3),
             textcoords="offset points",
             ha="center",
             size=7,
         )
     axes.set_xticks(range(len(best)), list(best), size=7)
+    axes.margins(y=0.15)
     kind, number = column.rsplit("_", 1)
     axes.set_title(f"{group['shape']}, {RATES[kind].format(number)}", size=8)
     axes.set_ylabel("tokens/s", size=7)

@@ -34,11 +34,13 @@ def replay(
     """Seconds from the first token to the last, the tokens between, and with `ngram` what was drafted and accepted."""
     from mlx_edge import stream_generate
 
-    options = {"prompt_lookup": True} if ngram else {}
     sampler = Recorded(target)
+    steps = stream_generate(
+        model, tokenizer, prompt, len(target), sampler=sampler, prompt_lookup=ngram
+    )
     start, said = 0.0, []
     last: Any = None
-    for last in stream_generate(model, tokenizer, prompt, len(target), sampler=sampler, **options):
+    for last in steps:
         start = start or time.perf_counter()
         said.append(last.token)
     seconds = time.perf_counter() - start

@@ -14,14 +14,14 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 Result = dict[str, Any]
-KINDS = {
-    "prefill": "prompt of {} tokens, tokens/s",
-    "decode": "decode after {} tokens, tokens/s",
-    "batch_8_decode": "decode of 8 rows, tokens/s",
-    "first_token_s": "first token of a new process, s",
+RATES = {"prefill": "prompt of {}", "decode": "decode after {}", "batch_8": "8 rows, {}"}
+PROCESSES = {
+    "first_token_s": "first token, s",
+    "process_s": "whole process, s",
     "load_s": "load, s",
     "peak_bytes": "peak memory, MB",
     "weight_bytes": "weights read per token, MB",
+    "gbs": "read, GB/s",
 }
 
 
@@ -68,15 +68,12 @@ def make_peer_table(result: Result) -> str:
     """Markdown: for each model what every peer gave, median and spread, each at each of its settings."""
     lines = []
     for group in result["measured"]:
-        lines.append(f"**{group['shape']}**, threads: {group['threads']}\n")
-        columns = [c for c in group["columns"] if _title(c)]
-        lines.append("| | " + " | ".join(_title(column) for column in columns) + " |")
-        lines.append("|" + "---|" * (len(columns) + 1))
-        for peer, values in group["peers"].items():
-            cells = [_cell(column, values.get(column)) for column in columns]
-            if any(cells):
-                lines.append(f"| {peer} | {' | '.join(cells)} |")
-        lines.append("")
+        what = f"**{group['shape']}**, {group['threads']} threads"
+        rates = [c for c in sorted(group["columns"], key=_order) if _rate_title(c)]
+        processes = [c for c in PROCESSES if c in group["columns"]]
+        lines += _grid(f"{what}: tokens/s", group, {c: _rate_title(c) for c in rates})
+        lines += _grid(f"{what}: processes", group, {c: PROCESSES[c] for c in processes})
+        lines += _sentences(group)
     facts = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines.append(
@@ -86,11 +83,51 @@ def make_peer_table(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(column: str) -> str:
+def _rate_title(column: str) -> str:
     kind, _, number = column.rpartition("_")
-    if kind in KINDS and number.isdigit():
-        return KINDS[kind].format(number)
-    return KINDS.get(column, "")
+    is_rate = kind in RATES and (number.isdigit() or kind.startswith("batch"))
+    return RATES[kind].format(number) if is_rate else ""
+
+
+def _order(column: str) -> tuple[bool, str, int]:
+    kind, _, number = column.rpartition("_")
+    return kind != "prefill", kind, int(number) if number.isdigit() else 0
+
+
+def _grid(title: str, group: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """A table of the peers that have any of these columns."""
+    lines = [
+        f"| {title} | " + " | ".join(columns.values()) + " |",
+        "|" + "---|" * (len(columns) + 1),
+    ]
+    for peer, values in group["peers"].items():
+        cells = [_cell(column, values.get(column)) for column in columns]
+        if any(cells):
+            lines.append(f"| {peer} | {' | '.join(cells)} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def _sentences(group: dict[str, Any]) -> list[str]:
+    """Speculation, and two processes with one model."""
+    said = []
+    replay = group["peers"].get("mlx_edge replay", {})
+    for column in group["columns"]:
+        if column.startswith("replay_") and column.endswith("_ngram_accepted") and column in replay:
+            text = column.removesuffix("_accepted")
+            kinds = ("tokens", "forward_passes", "drafted", "accepted")
+            if not all(f"{text}_{kind}" in replay for kind in kinds):
+                continue
+            tokens, passes, drafted, accepted = (replay[f"{text}_{k}"]["median"] for k in kinds)
+            name = text.removeprefix("replay_").removesuffix("_ngram")
+            said.append(
+                f"Replay of `{name}` with n-gram speculation: {tokens:.0f} tokens in {passes:.0f} passes, "
+                f"{accepted:.0f} of {drafted:.0f} drafts accepted."
+            )
+    twice = group["peers"].get("mlx_edge twice", {})
+    if "pss_0" in twice and "pss_1" in twice:
+        shares = " and ".join(f"{twice[f'pss_{i}']['median'] / 1e6:.0f} MB" for i in (0, 1))
+        said.append(f"Two processes with the model at once: proportional set sizes {shares}.")
+    return [*said, ""] if said else []
 
 
 def _cell(column: str, value: dict[str, float] | None) -> str:
@@ -99,7 +136,7 @@ def _cell(column: str, value: dict[str, float] | None) -> str:
     scale = 1e-6 if column.endswith("_bytes") else 1.0
     middle, low, high = (value[key] * scale for key in ("median", "low", "high"))
     digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
-    if column == "weight_bytes":
+    if low == high:
         return f"{middle:.{digits}f}"
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from mlx_edge.command import Parser, integer, number, run_command
-from mlx_edge.options import add_memory, make_cache
+from mlx_edge.options import add_loading, add_memory, loading_options, make_cache
 
 if TYPE_CHECKING:
     from mlx_edge.decoding.trials import Plan, Trial, Trials
@@ -49,6 +49,7 @@ def make_parser() -> Parser:
     add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
     add("--delay", type=number(0), default=0, help="seconds of rest before each trial")
     add_memory(parser)
+    add_loading(parser)
     add("--output", "-o", choices=("json", "md"), help="print JSON, or a row of a Markdown table")
     return parser
 
@@ -225,7 +226,7 @@ def run_benchmark(args: Namespace) -> None:
     from mlx_edge.decoding.trials import Trials
     from mlx_edge.models.load import load
 
-    model, _ = load(args.model, revision=args.revision)
+    model, _ = load(args.model, revision=args.revision, **loading_options(args))
     plan = make_plan(args, model.config.context_size)
     step_size = args.prefill_step_size
     trials = Trials(model, plan, lambda: make_cache(model, args), prefill_step_size=step_size)

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 from mlx_edge.command import Parser, integer, run_command
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.options import add_memory, make_cache, read_prompt, read_template_config
+from mlx_edge.options import (
+    add_loading,
+    add_memory,
+    loading_options,
+    make_cache,
+    read_prompt,
+    read_template_config,
+)
 
 if TYPE_CHECKING:
     from mlx_edge.text import Tokenizer
@@ -38,6 +45,7 @@ def make_parser() -> Parser:
         help='variables of the template, as JSON: {"enable_thinking": false}',
     )
     add_memory(parser)
+    add_loading(parser)
     add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
     return parser
 
@@ -99,7 +107,7 @@ def cache_prompt(args: Namespace) -> None:
     from mlx_edge.models.prompt_cache import describe_prompt, save_prompt_cache
     from mlx_edge.runtime import peak_memory_gb
 
-    model, tokenizer = load(args.model, revision=args.revision)
+    model, tokenizer = load(args.model, revision=args.revision, **loading_options(args))
     tokens = encode_beginning(tokenizer, args)
     caches = make_cache(model, args)
     # One token is chosen and thrown away: the prompt, and nothing else, has then been stored.

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING
 from mlx_edge.command import Parser, integer, run_command
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.options import (
+    add_loading,
     add_memory,
     add_sampling,
     add_speculation,
     load_proposers,
+    loading_options,
     make_cache,
     make_sampler,
     read_template_config,
 )
 
 if TYPE_CHECKING:
-    from mlx_edge.cache import KVCache
+    from mlx_edge.cache import AnyKVCache
     from mlx_edge.models.decoder import Decoder
     from mlx_edge.text import Tokenizer
 
@@ -49,6 +51,7 @@ def make_parser() -> Parser:
     add("--max-tokens", "-m", type=integer(1), default=256, help="the most tokens of an answer")
     add_sampling(parser)
     add_memory(parser)
+    add_loading(parser)
     add_speculation(parser)
     add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
     return parser
@@ -91,7 +94,9 @@ class Conversation:
         self.args = args
         self.model: Decoder
         self.tokenizer: Tokenizer
-        self.model, self.tokenizer = load(args.model, revision=args.revision)
+        self.model, self.tokenizer = load(
+            args.model, revision=args.revision, **loading_options(args)
+        )
         if not self.tokenizer.has_chat_template:
             raise InvalidRequestError(
                 f"{args.model} has no chat template, which a conversation needs; "
@@ -101,7 +106,7 @@ class Conversation:
         self.num_reused = 0  # those before them, which the cache held already
         self.messages: list[dict[str, str]] = []
         self._variables = variables
-        self._cache: list[KVCache] | None = None
+        self._cache: list[AnyKVCache] | None = None
         self._held: list[int] = []  # the tokens whose keys and values are in the cache
         self.reset()
         # One for the whole conversation: it goes on with what it was told, as far as the cache does.
@@ -181,7 +186,7 @@ class Conversation:
         is_cut = response.finish_reason == "length"
         return is_cut and response.generation_tokens < self.args.max_tokens
 
-    def _take_cache(self, tokens: list[int]) -> tuple["list[KVCache]", int]:
+    def _take_cache(self, tokens: list[int]) -> tuple["list[AnyKVCache]", int]:
         """A cache that holds the beginning of these tokens, and how many; a new one where they differ.
 
         Taken away, so that what breaks off in the middle of a step leaves no torn cache behind.

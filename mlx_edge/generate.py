@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from mlx_edge.command import Parser, integer, run_command, truth
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.options import (
+    add_loading,
     add_memory,
     add_sampling,
     add_speculation,
     load_proposers,
+    loading_options,
     make_cache,
     make_sampler,
     read_prompt,
@@ -58,6 +60,7 @@ def make_parser() -> Parser:
     add_sampling(parser)
     add_grammar(parser)
     add_memory(parser)
+    add_loading(parser)
     add_speculation(parser)
     add("--prefill-step-size", type=integer(1), default=2048, help="prompt tokens per step")
     add(
@@ -171,7 +174,9 @@ class Run:
 
             make_sampler(args)
             name, revision = choose_model(args)
-            self.model, self.tokenizer = load(name, revision=revision, bridge=args.bridge)
+            self.model, self.tokenizer = load(
+                name, revision=revision, bridge=args.bridge, **loading_options(args)
+            )
             for token in args.extra_eos_token:
                 self.tokenizer.add_eos_token(token)
             self.make_proposer = load_proposers(args, self.model, self.tokenizer)

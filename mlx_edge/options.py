@@ -62,6 +62,24 @@ def add_memory(parser: Parser) -> None:
     )
 
 
+def add_loading(parser: Parser) -> None:
+    """The flags that say how weights are held."""
+    add = parser.add_argument
+    add(
+        "--precision",
+        choices=("int8", "float"),
+        default="int8",
+        help="of activations that meet quantized weights on a CPU; float is several times slower",
+    )
+    add("--no-mmap", action="store_true", help="copy the weights instead of mapping their files")
+    add("--mlock", action="store_true", help="keep the weights in memory, never swapped out")
+
+
+def loading_options(args: Namespace) -> "dict[str, Any]":
+    """What `load` is told by these flags."""
+    return {"precision": args.precision, "use_mmap": not args.no_mmap, "mlock": args.mlock}
+
+
 def add_speculation(parser: Parser) -> None:
     """The flags that draft several tokens for one step to verify; the text stays the same."""
     group = parser.add_mutually_exclusive_group()

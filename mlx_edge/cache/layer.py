@@ -11,6 +11,7 @@ are always seen. Knows no models; `prepare_step` must be called before each step
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,14 @@ from mlx_edge.ops import Segment, StepMeta
 
 TAIL = 32  # positions; a tail begins at a multiple of it, and a longer step is a chunk
 GROWTH = 256  # positions; the capacity of a body without a window is a multiple of it
+
+
+class BodyWriter(Protocol):
+    """A cache whose steps may have to wait for those in flight."""
+
+    @property
+    def writes_body(self) -> bool:
+        """Whether the next step begins by writing what steps in flight may read."""
 
 
 class KVCache:
@@ -365,7 +374,7 @@ def _merged(offset: int) -> int:
     return max(0, offset - 1) // TAIL * TAIL
 
 
-def prepare_step(caches: Sequence[KVCache]) -> None:
+def prepare_step(caches: Sequence[BodyWriter]) -> None:
     """Make the step's writes safe: wait for steps in flight when it will write a body.
 
     Called once per step, before any layer runs; a wait every TAIL positions when decoding. It waits for this

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_edge.cache import KVCache
+from mlx_edge import ops
+from mlx_edge.cache import AnyKVCache
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE, allowed_tokens
 from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.decoding.stream import Prompt, encode_prompt
@@ -90,7 +91,7 @@ def batch_generate(
 
 
 def _prefill(
-    rows: Sequence[mx.array], model: Decoder, cache: Sequence[KVCache], step_size: int
+    rows: Sequence[mx.array], model: Decoder, cache: Sequence[AnyKVCache], step_size: int
 ) -> mx.array:
     """Store all but the last token of every row; return those last ones (B,)."""
     longest = max(row.size for row in rows) - 1
@@ -106,7 +107,7 @@ def _prefill(
 def _decode(
     tokens: mx.array,
     model: Decoder,
-    cache: Sequence[KVCache],
+    cache: Sequence[AnyKVCache],
     limits: Sequence[int],
     ends: frozenset[int],
     sampler: Sampler,
@@ -117,7 +118,7 @@ def _decode(
 
     def step(tokens: mx.array) -> mx.array:
         logits = model(tokens[:, None], cache, lengths=[int(active) for active in is_active])[:, -1]
-        found = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        found = sampler(ops.log_softmax(logits))
         mx.async_eval(found)  # type: ignore[no-untyped-call]
         return found
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_edge import ops
 from mlx_edge.decoding.constraints import Constraint
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler, make_sampler
@@ -127,7 +128,7 @@ class Choice:
         if constraint is not None:
             allowed = _fit(constraint.mask(), logits.shape[-1])
             logits = mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = ops.log_softmax(logits)
         token = self.sampler(logprobs)  # (1,)
         row = logprobs[0]  # before the evaluation: the caller may read it in another thread
         if self.processors:

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol
 
 import mlx.core as mx
 
+from mlx_edge import ops
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import Cache, LanguageModel
@@ -244,7 +245,7 @@ class DraftModel(Generic[Cache]):
         return self._model(tokens[None], self._cache)
 
     def _choose(self, logits: mx.array) -> mx.array:
-        token = mx.argmax(logits[:, -1, : self._vocab_size], axis=-1)
+        token = ops.argmax(logits[:, -1, : self._vocab_size])
         mx.async_eval(token)  # type: ignore[no-untyped-call]
         return token
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from mlx_edge import ops
 from mlx_edge.errors import InvalidRequestError
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
@@ -49,7 +50,7 @@ def make_sampler(
     for token in spared:
         _check("a token of xtc_special_tokens", token, 0 <= token < 1 << 31, "a token id")
     if temp == 0:
-        return lambda logprobs: mx.argmax(logprobs, axis=-1)
+        return ops.argmax
 
     next_key = _make_keys(seed)
     filters: list[Callable[[mx.array], mx.array]] = []

@@ -80,6 +80,7 @@ def stream_generate(
 
     Raises: InvalidRequestError for a prompt or an option that cannot be served.
     """
+    model.check_unchanged()
     tokens = encode_prompt(tokenizer, prompt)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     limit = allowed_tokens(tokens, model, cache, max_tokens)

@@ -123,6 +123,9 @@ class BridgedModel:
             layer.offset += tokens.shape[1]
         return logits
 
+    def check_unchanged(self) -> None:
+        """Nothing: mlx-lm has read its files to the end."""
+
     def make_cache(
         self,
         capacity: int = 0,

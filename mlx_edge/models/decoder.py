@@ -64,6 +64,10 @@ class Decoder:
             x = ops.mlp_block(x, layer.mlp)
         return ops.head(x, self.head)
 
+    def check_unchanged(self) -> None:
+        """Raises ModelFormatError when a file was replaced or changed that weights are still read from."""
+        self.checkpoint.check_unchanged()
+
     @property
     def _row_dtype(self) -> mx.Dtype:
         """In which the CPU kernels store keys and values: halves, but for a checkpoint of whole floats."""

@@ -71,6 +71,9 @@ class LanguageModel(Protocol[Cache]):
     def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
         """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it."""
 
+    def check_unchanged(self) -> None:
+        """Raises ModelFormatError when a file was changed that weights are still read from."""
+
     def make_cache(
         self,
         capacity: int = 0,

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -41,6 +42,7 @@ def find_extension() -> Any:
     """
     if sys.platform == "darwin":
         return "macOS has its GPU instead"
+    installed = version("mlx")
     try:
         from mlx_edge._native import _cpu
     except ModuleNotFoundError:
@@ -48,11 +50,11 @@ def find_extension() -> Any:
             f"mlx_edge was installed without it (no compiler, or its build failed); {INSTALL_AGAIN}"
         )
     except ImportError as error:
-        return f"it does not fit the installed mlx {mx.__version__} ({error}); {INSTALL_AGAIN}"
+        return f"it does not fit the installed mlx {version('mlx')} ({error}); {INSTALL_AGAIN}"
     try:
         mx.eval(_cpu.argmax(mx.array([0.0, 1.0])))
     except TypeError:
-        return f"it does not know the arrays of the installed mlx {mx.__version__}; {INSTALL_AGAIN}"
+        return f"it does not know the arrays of the installed mlx {version('mlx')}; {INSTALL_AGAIN}"
     except RuntimeError as error:
         return str(error)
     return _cpu
@@ -109,7 +111,10 @@ def _rope(rope: Rope) -> Any:
 def _attention_layer(weights: AttentionWeights, rope: Rope | None) -> Any:
     return extension().AttentionLayer(
         norm=_norm(weights.norm),
-        **{name: getattr(weights, name).handle for name in ("q", "k", "v", "o")},
+        q=_handle(weights.q),
+        k=_handle(weights.k),
+        v=_handle(weights.v),
+        o=_handle(weights.o),
         num_heads=weights.num_heads,
         num_kv_heads=weights.num_kv_heads,
         head_dim=weights.head_dim,
@@ -125,18 +130,24 @@ def _mlp_layer(weights: MLPWeights) -> Any:
     ext = extension()
     return ext.MLPLayer(
         _norm(weights.norm),
-        weights.gate.handle,
-        weights.up.handle,
-        weights.down.handle,
+        _handle(weights.gate),
+        _handle(weights.up),
+        _handle(weights.down),
         getattr(ext.Activation, weights.activation),
     )
 
 
 def _head_layer(weights: HeadWeights) -> Any:
-    return extension().HeadLayer(_norm(weights.norm), weights.projection.handle)
+    return extension().HeadLayer(_norm(weights.norm), _handle(weights.projection))
 
 
-def _precision(weights: Packed) -> Any:
+def _handle(weights: Linear) -> Any:
+    assert isinstance(weights, Packed)
+    return weights.handle
+
+
+def _precision(weights: Linear) -> Any:
+    assert isinstance(weights, Packed)
     precision = extension().Precision
     return precision.int8 if weights.precision == "int8" else precision.floating
 
@@ -187,7 +198,6 @@ def attention_block(
     """As `ops.attention_block`, over a store that is appended to in place."""
     layer = _layers.get(weights, _attention_layer, rope)
     store = kv.begin(weights.num_kv_heads, weights.head_dim, meta)
-    assert isinstance(weights.q, Packed)
     y: mx.array
     y, kv.ticket = extension().attention_block(
         x, layer, store, kv.ticket, make_step(meta), _precision(weights.q)
@@ -197,7 +207,6 @@ def attention_block(
 
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     """As `ops.mlp_block`."""
-    assert isinstance(weights.gate, Packed)
     y: mx.array = extension().mlp_block(
         x, _layers.get(weights, _mlp_layer), _precision(weights.gate)
     )
@@ -206,14 +215,12 @@ def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
 
 def embed(tokens: mx.array, weights: Embedding) -> mx.array:
     """As `ops.embed`; a token outside the table has a row of NaN."""
-    assert isinstance(weights.table, Packed)
-    y: mx.array = extension().embed(tokens, weights.table.handle)
+    y: mx.array = extension().embed(tokens, _handle(weights.table))
     return y
 
 
 def head(x: mx.array, weights: HeadWeights) -> mx.array:
     """As `ops.head`."""
-    assert isinstance(weights.projection, Packed)
     y: mx.array = extension().head(
         x, _layers.get(weights, _head_layer), _precision(weights.projection)
     )

@@ -15,7 +15,8 @@ from functools import cache, partial
 from typing import Any, Protocol
 
 from mlx_edge.errors import HardwareNotSupportedError, InvalidRequestError
-from mlx_edge.ops import cpu
+from mlx_edge.ops.cpu import OPS as CPU_OPS
+from mlx_edge.ops.cpu import missing as missing_for_cpu
 from mlx_edge.ops.reference import IMPLEMENTATIONS
 
 
@@ -73,8 +74,8 @@ REFERENCE = Backend(
 )
 CPU = Backend(
     "cpu",
-    cpu.missing,
-    {op: Implementation(run, refuse) for op, (run, refuse) in cpu.OPS.items()},
+    missing_for_cpu,
+    {op: Implementation(run, refuse) for op, (run, refuse) in CPU_OPS.items()},
 )
 BACKENDS: tuple[Backend, ...] = (CPU, REFERENCE)  # fastest first; the reference is last
 

@@ -113,24 +113,19 @@ class SafetensorsFile:
         no such tensor or became shorter since it was opened, InvalidRequestError if it is closed.
         """
         mapping = self._open_mapping()
-        entry = self.tensors.get(name)
-        if entry is None:
-            found = f"no tensor {show(name)} among {len(self.tensors)}"
-            fail(
-                str(self.path), found, "it to be there", "check that file and model belong together"
-            )
+        entry = self._find(name)
         started = time.perf_counter()
         array = self._materialise(mapping, entry)
         self._materialise_s += time.perf_counter() - started
         return array
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
-        """Returns one tensor's bytes as they lie in the file: a view of the mapping, aligned to its elements, or a copy.
+        """Returns a tensor's bytes as they lie in the file: a view of the mapping, aligned to its elements, or a copy.
 
         A view is counted as shared and keeps the mapping. Raises as `read` does.
         """
         mapping = self._open_mapping()
-        entry = self.tensors[name]
+        entry = self._find(name)
         if not self._use_mmap:
             data = self._read_bytes(entry)
         else:
@@ -158,6 +153,15 @@ class SafetensorsFile:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _find(self, name: str) -> TensorEntry:
+        entry = self.tensors.get(name)
+        if entry is None:
+            found = f"no tensor {show(name)} among {len(self.tensors)}"
+            fail(
+                str(self.path), found, "it to be there", "check that file and model belong together"
+            )
+        return entry
 
     def _open_mapping(self) -> mmap.mmap:
         """The mapping, with all its bytes behind it."""

@@ -128,6 +128,7 @@ struct Bench {
                form.dims, form.group, window, keep, end, i, count, positions[i], d, y[i][d], truth[d]);
       }
       expect(y[i][form.dims] == canary, "D=%d: wrote beyond the head", form.dims);
+      if (i > 4 && i < count - 1) continue;
       Floats32 alone(form.dims);
       float* alone_to = alone.data();
       isa::attend(kv, row, head, 1, &from[i], &alone_to, &positions[i], scale, window);
@@ -153,9 +154,10 @@ std::vector<Form> forms() {
 void check_attention() {
   const int counts[] = {1, 3, 4, 7, 33, 2, 5};
   const std::pair<int, int> sights[] = {{0, 0}, {1, 0}, {30, 0}, {64, 3}, {65, 0}, {100, 70}, {20, 4}};
-  int turn = 0;
+  int turn = 0, sight = 0;
   for (const Form& form : forms()) {
-    for (const auto& [window, keep] : sights) {
+    for (int i = 0; i < 3; i++) {  // seeing all, and two others in turn
+      const auto& [window, keep] = sights[i == 0 ? 0 : 1 + sight++ % 6];
       Bench bench(form, window, keep);
       bench.attend(0, 1, 0, 3);
       int before = 0;

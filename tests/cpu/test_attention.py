@@ -1,7 +1,7 @@
-"""The KV store, attention and the kernels over one row, in C++ under the sanitizers; quantized rows against mx.quantize.
+"""The KV store, attention and the kernels over one row, in C++ under the sanitizers; quantized rows are mx.quantize's.
 
-The programs are compiled once for each instruction set that runs here; AVX-512 and NEON run as plain C++ when `emulated/`
-and SIMDe are there.
+The programs are compiled once for each instruction set that runs here; AVX-512 and NEON run as plain C++ when
+`emulated/` and SIMDe are there.
 """
 
 import shutil
