@@ -120,7 +120,7 @@ def run_llama(place: Workplace, model: Path, repack: bool, plan: Plan) -> Measur
     ]
     common += ["--repack", str(int(repack))]
     prompts = ",".join(map(str, plan.prompts))
-    runs = [["-p", prompts, "-n", str(plan.tokens)]]
+    runs = [["-p", prompts, "-n", str(plan.tokens if 0 in plan.depths else 0)]]
     runs += [["-p", "0", "-n", str(plan.tokens), "-d", str(d)] for d in plan.depths if d]
     for words in runs:
         command = [place.tool("llama-bench"), *common, *words]

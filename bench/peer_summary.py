@@ -90,6 +90,13 @@ class Rounds:
         choose = min if score == "least" else max
         return choose(every, key=lambda series: series.median) if every else None
 
+    def fastest(self, shape: str, family: str, kind: str) -> Series | None:
+        """A peer's best rate of a kind, at whatever number of tokens it was measured."""
+        names = dict.fromkeys(n for r in self.records for n in r["values"] if n.startswith(kind))
+        every = [self.best(shape, family, name) for name in names]
+        found = [series for series in every if series is not None]
+        return max(found, key=lambda series: series.median) if found else None
+
     def in_gbs(self, shape: str, series: Series) -> Series:
         """Tokens per second as bytes of weights read per second, in 10^9."""
         gigabytes = self.weight_bytes(shape, series.peer) / 1e9
@@ -127,10 +134,8 @@ def rate(rounds: Rounds, shape: str, kind: str, family: str, score: str = "rate"
     figures = []
     for name in rounds.measurements(shape, kind):
         theirs = rounds.best(shape, family, name, score=score)
-        if (
-            theirs is None and family == MLXLM
-        ):  # too slow for the same prompt: its rate with 16 tokens
-            theirs = rounds.best(shape, family, PREFILL + "16")
+        if theirs is None and family == MLXLM:  # too slow for the same number of tokens
+            theirs = rounds.fastest(shape, family, kind)
         if theirs is None or (score == "gbs" and name != DECODE + "0"):
             continue
         ours = rounds.series(shape, OURS, name)

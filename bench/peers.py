@@ -25,7 +25,7 @@ from tqdm import tqdm
 from bench.peer_jobs import ALL, FULL, QUICK, TINY, Job, Jobs, Mode
 from bench.peer_models import SHAPES, make_models
 from bench.peer_report import make_result, write_plot
-from bench.peer_runs import ROOT
+from bench.peer_runs import ROOT, run_ours
 from bench.peer_setup import Workplace, machine_facts, peer_versions, set_up
 from bench.table import make_markdown
 
@@ -118,6 +118,17 @@ def run_job(index: int, job: Job, place: Workplace, deadline: float) -> dict[str
     return record | asdict(measured)
 
 
+def start_once(jobs: Jobs) -> dict[str, float]:
+    """The first start of each model, not counted: it may repack the weights into a file. Its seconds, by shape."""
+    took = {}
+    for shape in jobs.shapes():
+        measured = run_ours(jobs.models(shape), [{"do": "prefill", "tokens": 16}], jobs.plan)
+        took[shape] = round(measured.wall_s, 2)
+        if measured.error:
+            say(f"first start of {shape}: {measured.error}")
+    return took
+
+
 def run_rounds(mode: Mode, jobs: Jobs, place: Workplace, journal: Journal) -> None:
     """All jobs of all rounds that are not done yet."""
     spent = sum(record.get("wall_s", 0.0) for record in journal.records)
@@ -179,9 +190,11 @@ def main() -> None:
             return
         identity = {"mode": mode.name, "code": fingerprint(), **machine_facts()}
         journal = Journal(root / f"run-{mode.name}.jsonl", identity, args.fresh)
+        first_start_s = start_once(jobs)
         run_rounds(mode, jobs, place, journal)
         cache_bytes = {name: shape.cache_bytes(1) for name, shape in SHAPES.items()}
         facts = {"mode": mode.name, "machine": machine_facts(), "versions": peer_versions(place)}
+        facts |= {"first_start_s": first_start_s}
         result = make_result(
             journal.records, {"1b": mode.big, "06b": mode.small}, cache_bytes, facts
         )
@@ -193,4 +206,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("bench.peers: interrupted; the same command goes on from here")

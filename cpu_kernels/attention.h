@@ -86,28 +86,33 @@ void multiply_rows(int rows, const float* a, int a_stride, const Plane& b, int b
 
 inline int clamp_to_page(int position) { return position < 0 ? 0 : position > PAGE ? PAGE : position; }
 
-// The slots of one page that a query sees: [0, kept) and [begin, end).
+// The slots of one page that a query sees: [first kept, kept) and [begin, end).
 struct Slots {
-  int kept, begin, end;
+  int first_kept, kept, begin, end;
 
-  bool none() const { return kept == 0 && begin >= end; }
-  int first() const { return kept > 0 ? 0 : begin; }
+  bool none() const { return first_kept >= kept && begin >= end; }
+  int first() const { return first_kept < kept ? first_kept : begin; }
   int last() const { return begin < end && end > kept ? end : kept; }
 };
 
-// The positions that a query sees: [0, kept) and [begin, end).
+// The positions that a query sees: [first kept, kept) and [begin, end). The layer's window hides kept ones, too; the store's
+// does not.
 struct Sight {
-  int kept, begin, end;
+  int first_kept, kept, begin, end;
 
   Sight() = default;
-  Sight(int position, int window, int keep) {
+  Sight(int position, int window, int store_window, int keep) {
     end = position + 1;
+    first_kept = window > 0 && end > window ? end - window : 0;
     kept = keep < end ? keep : end;
-    begin = window > 0 && end > window ? end - window : 0;
+    if (kept < first_kept) kept = first_kept;
+    const int stored = store_window > 0 && end > store_window ? end - store_window : 0;
+    begin = stored > first_kept ? stored : first_kept;
   }
   Slots in(int page) const {
     const int start = page * PAGE;
-    return {clamp_to_page(kept - start), clamp_to_page(begin - start), clamp_to_page(end - start)};
+    return {clamp_to_page(first_kept - start), clamp_to_page(kept - start), clamp_to_page(begin - start),
+            clamp_to_page(end - start)};
   }
 };
 
@@ -118,7 +123,7 @@ class Attention {
             int window)
       : kv_(kv), row_(row), head_(head), count_(count), stride_((kv.head_dim() + DIMS - 1) / DIMS * DIMS) {
     for (int i = 0; i < count; i++) {
-      sights_[i] = Sight(positions[i], window, kv.keep());
+      sights_[i] = Sight(positions[i], window, kv.window(), kv.keep());
       largest_[i] = -INFINITY;
       weight_sums_[i] = 0.0f;
       for (int d = 0; d < kv.head_dim(); d++) queries_[i * stride_ + d] = q[i][d] * scale;
@@ -131,7 +136,7 @@ class Attention {
     for (int i = 1; i < count_; i++) {
       if (sights_[i].end == 0) continue;
       if (all.end == 0 || sights_[i].begin < all.begin) all.begin = sights_[i].begin;
-      if (sights_[i].kept > all.kept) all.kept = sights_[i].kept;
+      if (sights_[i].first_kept < sights_[i].kept && sights_[i].kept > all.kept) all.kept = sights_[i].kept;
       if (sights_[i].end > all.end) all.end = sights_[i].end;
     }
     for (int page = 0; page * PAGE < all.end; page++) {
@@ -214,6 +219,7 @@ class Attention {
   // Scores of slots [begin, end) become weights, relative to the query's largest score so far; returns the factor for all that
   // was gathered before.
   float weigh(int query, const Slots& seen, int begin, int end, float* scores) {
+    hide(scores, begin, seen.first_kept);
     hide(scores, seen.kept > begin ? seen.kept : begin, seen.begin);
     hide(scores, seen.last(), end);
     Floats top = load(scores + begin);

@@ -32,9 +32,6 @@ float* norm_rows(Pool& pool, Workspace& space, const Norm& norm, const float* x,
   return h;
 }
 
-// The smaller of two windows; 0 sees everything.
-int narrower(int first, int second) { return first && second ? std::min(first, second) : std::max(first, second); }
-
 // A run of positions of one row of the batch inside a slice.
 struct Span {
   int row;       // of the batch
@@ -158,7 +155,7 @@ class AttentionSlice {
         positions.push_back(i < span.stored ? span.position + i : -1);
       }
     kernels().attend(kv_, span.row, head, static_cast<int>(queries.size()), queries.data(), results.data(),
-                     positions.data(), layer_.scale, narrower(layer_.window, kv_.window()));
+                     positions.data(), layer_.scale, layer_.window);
   }
 
   const AttentionLayer& layer_;

@@ -9,7 +9,13 @@
 #include "matrix.h"
 #include "dot.h"
 
-#define MLX_EDGE_INLINE __attribute__((always_inline)) inline
+// Tiles live in registers only where everything is one function. The tests do without: it is much to compile.
+#if defined(MLX_EDGE_OUTLINED)
+#define MLX_EDGE_ALWAYS_INLINE
+#else
+#define MLX_EDGE_ALWAYS_INLINE __attribute__((always_inline))
+#endif
+#define MLX_EDGE_INLINE MLX_EDGE_ALWAYS_INLINE inline
 
 namespace mlx_edge::MLX_EDGE_ISA {
 

@@ -60,8 +60,9 @@ struct Kernels {
   void (*append)(KVStore& kv, int row, int head, int start, int count, const float* keys, const float* values,
                  ptrdiff_t stride);
   // Attention of `count` queries (D) of one row of the batch that share one kv head: query i stands at positions[i] and
-  // sees positions p with positions[i] - window < p <= positions[i], and those below kv.keep(). q is (count, D) with the
-  // given starts; y alike. A query's result does not depend on its neighbours in the call.
+  // sees positions p with positions[i] - window < p <= positions[i] (the layer's window; 0 or less: all), as far as the store
+  // has them: those in kv.window(), and those below kv.keep(). A position of -1 sees nothing and gives zeros. A query's
+  // result does not depend on its neighbours in the call.
   void (*attend)(const KVStore& kv, int row, int head, int count, const float* const* q, float* const* y,
                  const int* positions, float scale, int window);
 };

@@ -126,7 +126,7 @@ struct PackedRows {
 
   static void fill_unit(const uint8_t* unit, const float (&numbers)[2][ROWS], float* to) {
     alignas(64) uint8_t codes[SLICES * SLICE], rows[ROWS][UNIT];
-    unroll<SLICES>([&](auto j) __attribute__((always_inline)) {
+    unroll<SLICES>([&](auto j) MLX_EDGE_ALWAYS_INLINE {
       for (int p = 0; p < PARTS; p++)
         store_bytes(codes + j * SLICE + p * sizeof(Bytes), Code::template slice<j>(unit + p * sizeof(Bytes)));
     });

@@ -26,9 +26,9 @@
 
 namespace mlx_edge::MLX_EDGE_ISA {
 
-// e^x to 2 ulp; what underflows is 0 and x is at most 88. Cephes' polynomial over [-ln 2 / 2, ln 2 / 2].
+// e^x to 2 ulp; what underflows is 0 and x is at most 88; NaN stays (min and max give the second of two when one is NaN). Cephes' polynomial over [-ln 2 / 2, ln 2 / 2].
 inline Floats exp(Floats x) {
-  const Floats bounded = max(min(x, splat(88.0f)), splat(-104.0f));
+  const Floats bounded = max(splat(-104.0f), min(splat(88.0f), x));
   const Floats n = round(mul(bounded, splat(1.44269504088896341f)));
   Floats r = fma(n, splat(-0.693359375f), bounded);
   r = fma(n, splat(2.12194440e-4f), r);

@@ -30,7 +30,7 @@ inline Floats load_e8m0(const uint8_t* p) {
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 // Rounds to the nearest half; what is too large becomes the largest half, never infinity.
 inline void store_f16(uint16_t* p, Floats x) {
-  const Floats bounded = _mm512_min_ps(_mm512_max_ps(x, splat(-65504.0f)), splat(65504.0f));
+  const Floats bounded = _mm512_min_ps(splat(65504.0f), _mm512_max_ps(splat(-65504.0f), x));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bounded, _MM_FROUND_TO_NEAREST_INT));
 }
 // WIDTH whole numbers from -128 to 127 as bytes.

@@ -42,7 +42,7 @@ inline Floats load_e8m0(const uint8_t* p) {
 inline void store(float* p, Floats x) { std::copy(x.at, x.at + WIDTH, p); }
 // Rounds to the nearest half; what is too large becomes the largest half, never infinity.
 inline void store_f16(uint16_t* p, Floats x) {
-  for (int i = 0; i < WIDTH; i++) p[i] = float_to_f16(std::min(std::max(x.at[i], -65504.0f), 65504.0f));
+  for (int i = 0; i < WIDTH; i++) p[i] = float_to_f16(x.at[i] > 65504.0f ? 65504.0f : x.at[i] < -65504.0f ? -65504.0f : x.at[i]);
 }
 // WIDTH whole numbers from -128 to 127 as bytes.
 inline void store_int8(int8_t* p, Floats x) {
@@ -64,10 +64,10 @@ inline Floats fma(Floats a, Floats b, Floats c) {
   return each([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
 }
 inline Floats max(Floats a, Floats b) {
-  return each([&](int i) { return std::max(a.at[i], b.at[i]); });
+  return each([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
 }
 inline Floats min(Floats a, Floats b) {
-  return each([&](int i) { return std::min(a.at[i], b.at[i]); });
+  return each([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
 }
 inline Floats abs(Floats a) {
   return each([&](int i) { return std::fabs(a.at[i]); });

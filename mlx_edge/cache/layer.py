@@ -11,15 +11,18 @@ are always seen. Knows no models; `prepare_step` must be called before each step
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_edge.cache.rows import FloatRows, Planes, Row, RowFormat, join, make_room, take, write
 from mlx_edge.cache.saved import PARTS, CacheFacts, CacheState
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import Segment, StepMeta
+
+if TYPE_CHECKING:  # slow to import, and not needed where the CPU kernels have the cache
+    import numpy as np
+    from numpy.typing import NDArray
 
 TAIL = 32  # positions; a tail begins at a multiple of it, and a longer step is a chunk
 GROWTH = 256  # positions; the capacity of a body without a window is a multiple of it
@@ -321,6 +324,8 @@ class KVCache:
         is_prefix: bool = False,
     ) -> Segment:
         """Planes whose slot i holds position starts[b] + i, up to ends[b]."""
+        import numpy as np
+
         length = max(e - s for s, e in zip(starts, ends, strict=True))
         slots = np.arange(length)
         rows = [
@@ -330,6 +335,8 @@ class KVCache:
         return self._make_segment(take(planes, 0, length), np.stack(rows), is_prefix=is_prefix)
 
     def _body_segment(self) -> Segment:
+        import numpy as np
+
         ring = self._ring
         longest = max(self._tail_starts)
         length = longest if ring is None else min(ring, longest)
@@ -344,12 +351,12 @@ class KVCache:
     def _make_segment(
         self,
         planes: Planes,
-        positions: np.ndarray[tuple[int, int], np.dtype[np.int64]],
+        positions: "NDArray[np.int64]",
         *,
         is_prefix: bool,
     ) -> Segment:
         if not is_prefix and self.keep:
-            positions = np.where(positions < self.keep, -1, positions)
+            positions[positions < self.keep] = -1
         is_held = positions >= 0
         keys, values = self.row_format.split(planes)
         return Segment(

@@ -7,11 +7,9 @@ is saved has the shape of `KVCache`'s, so that files are alike.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge.cache.layer import TAIL, KVCache
 from mlx_edge.cache.quantized import QuantizedRows
@@ -20,6 +18,9 @@ from mlx_edge.cache.saved import CacheFacts, CacheState
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import Segment, StepMeta
 from mlx_edge.ops.cpu import extension, make_step
+
+if TYPE_CHECKING:  # slow to import, and only needed where rows leave the store or come back
+    from numpy.typing import NDArray
 
 PAGE = 64  # positions
 MAX_HEAD_DIM = 256  # the largest that the kernels serve
@@ -243,29 +244,31 @@ class PagedKVCache:
         kept = [(0, min(self.keep, first))] if min(self.keep, first) else []
         return kept + ([(first, offset - first)] if offset > first else [])
 
-    def _slots(self, offset: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    def _slots(self, offset: int) -> Iterator[tuple[str, Sequence[int]]]:
         """The positions in each part of a `KVCache` that holds the same, in the order of their slots."""
         counts = KVCache(window=self.window, keep=self.keep).held_slots(offset)
         begin = offset - counts["tail"]
-        body = np.arange(counts["body"])
-        if counts[
-            "body"
-        ]:  # of a ring each slot has the newest position before the tail that falls on it
-            body = body + (begin - 1 - body) // len(body) * len(body)
-        yield "prefix", np.arange(counts["prefix"])
-        yield "body", body
-        yield "tail", np.arange(begin, offset)
+        size = counts["body"]
+        yield "prefix", range(counts["prefix"])
+        # Of a ring each slot has the newest position before the tail that falls on it.
+        yield "body", [slot + (begin - 1 - slot) // size * size for slot in range(size)]
+        yield "tail", range(begin, offset)
 
     def _read(self, store: Any, row: int, start: int, count: int, values: bool) -> Any:
+        import numpy as np
+
         heads, dim = self._sizes
         rows = np.empty((heads, count, dim), np.float32)
         store.read(row, start, count, values, rows)
         return rows
 
-    def _read_slots(self, row: int, slots: NDArray[np.int64]) -> Planes:
+    def _read_slots(self, row: int, slots: Sequence[int]) -> Planes:
         """The planes (2, 1, K, S, ...) of these positions; what the store has dropped is zero."""
-        start, count = int(slots.min()), int(slots.max() - slots.min()) + 1
-        chosen = slots - start
+        import numpy as np
+
+        start = min(slots)
+        count = max(slots) - start + 1
+        chosen = np.array(slots) - start
         if not isinstance(self.row_format, QuantizedRows):
             halves = [self._read(self._store, row, start, count, half) for half in (False, True)]
             rows = np.stack(halves)[:, None, :, chosen]
@@ -278,7 +281,9 @@ class PagedKVCache:
                 plane[half, 0] = part
         return tuple(mx.array(plane[:, :, :, chosen]) for plane in planes)
 
-    def _packed_planes(self, count: int) -> list[NDArray[Any]]:
+    def _packed_planes(self, count: int) -> "list[NDArray[Any]]":
+        import numpy as np
+
         packed = self.row_format
         assert isinstance(packed, QuantizedRows)
         heads, dim = self._sizes
@@ -290,9 +295,11 @@ class PagedKVCache:
             np.zeros((*shape, groups), np.float32),
         ]
 
-    def _write_slots(self, row: int, slots: NDArray[np.int64], planes: Planes) -> None:
+    def _write_slots(self, row: int, slots: Sequence[int], planes: Planes) -> None:
+        import numpy as np
+
         order = np.argsort(slots)
-        start, count = int(slots.min()), len(slots)
+        start, count = min(slots), len(slots)
         if not isinstance(self.row_format, QuantizedRows):
             rows = np.array(planes[0].astype(mx.float32))[:, 0][:, :, order]
             self._store.write(row, start, count, *map(np.ascontiguousarray, rows))
@@ -304,6 +311,8 @@ class PagedKVCache:
 
     def _segment(self, start: int, end: int, *, window: int | None) -> Segment:
         """Positions from `start` to `end`, copied out of the store."""
+        import numpy as np
+
         rows = extension().read(self._store, self.ticket, start, end - start)
         positions = np.arange(start, end)[None]
         if len(set(self._offsets)) > 1:

@@ -6,14 +6,17 @@ is MLX's `mx.quantize`. The layout is that of mlx-lm's quantized caches.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge.cache.rows import Planes, keys_of, values_of
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import PackedRows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -60,8 +63,10 @@ class QuantizedRows:
         return keys, values
 
 
-def dequantize_float64(rows: PackedRows) -> NDArray[np.float64]:
+def dequantize_float64(rows: PackedRows) -> "NDArray[np.float64]":
     """The rows (B, K, S, D) that are meant, unpacked by hand: the oracle of attention over packed rows."""
+    import numpy as np  # the oracle's alone: slow to import
+
     packs = np.ascontiguousarray(np.array(rows.packs)).astype("<u4")
     bits = np.unpackbits(packs.view(np.uint8), axis=-1, bitorder="little")
     digits = bits.reshape(*packs.shape[:-1], -1, rows.bits)

@@ -12,17 +12,21 @@ batched engine: the same greedy tokens.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge import ops
-from mlx_edge.decoding.constraints import Constraint
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import Cache, LanguageModel, LayerCache
+
+if TYPE_CHECKING:  # slow to import
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mlx_edge.decoding.constraints import Constraint
 
 PREFILL_STEP_SIZE = 2048
 Step = tuple[mx.array, mx.array]  # token (1,), log-probabilities (V,)
@@ -36,7 +40,7 @@ def generate_step(
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
-    constraint: Constraint | None = None,
+    constraint: "Constraint | None" = None,
     prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -59,7 +63,7 @@ def generate_step(
     check_options(prefill_step_size, constraint)
 
     def forward(tokens: mx.array) -> mx.array:
-        return model(tokens[None], cache)[:, -1]  # (1, V)
+        return model(tokens[None], cache, logits_to_keep=1)[:, -1]  # (1, V)
 
     choice = Choice(sampler or make_sampler(), logits_processors, prompt, cache)
     rest = prefill(prompt, model, cache, prefill_step_size, prompt_progress_callback)
@@ -93,7 +97,7 @@ def _run_constrained(
     forward: Callable[[mx.array], mx.array],
     choice: "Choice",
     max_tokens: int,
-    constraint: Constraint,
+    constraint: "Constraint",
 ) -> Iterator[tuple[int, mx.array]]:
     """One token after another, the mask of each made while its forward pass runs."""
     logits = forward(rest)
@@ -121,7 +125,7 @@ class Choice:
     cache: Sequence[LayerCache]
     in_flight: mx.array | None = field(default=None, init=False)  # a result of the newest step
 
-    def make(self, logits: mx.array, constraint: Constraint | None = None) -> Step:
+    def make(self, logits: mx.array, constraint: "Constraint | None" = None) -> Step:
         """Start to compute the token that follows these logits (1, V), one that the constraint allows."""
         for process in self.processors:
             logits = process(self.seen, logits)
@@ -156,8 +160,10 @@ def value_of(token: mx.array) -> int:
     return value
 
 
-def _fit(mask: NDArray[np.bool_], vocab_size: int) -> mx.array:
+def _fit(mask: "NDArray[np.bool_]", vocab_size: int) -> mx.array:
     """A tokenizer's mask over the model's vocabulary, which may be padded beyond it, or shorter."""
+    import numpy as np
+
     fitted = np.zeros(vocab_size, np.bool_)
     fitted[: mask.size] = mask[:vocab_size]
     if not fitted.any():
@@ -174,15 +180,17 @@ def prefill(
     step_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> mx.array:
-    """Store all but the last token of the prompt, in chunks; return that token, whose logits are wanted."""
-    last = prompt.size - 1
-    for begin in range(0, last, step_size):
+    """Store a long prompt in chunks, all but the last of them; return that one, whose last logits are wanted."""
+    begins = range(0, prompt.size, step_size)
+    for begin in begins:
         if progress is not None:
             progress(begin, prompt.size)
-        model(prompt[None, begin : min(begin + step_size, last)], cache)
-        # Only what was stored is evaluated: the logits of a prompt, L times the vocabulary, are never computed.
+        if begin == begins[-1]:
+            break
+        model(prompt[None, begin : begin + step_size], cache, logits_to_keep=1)
+        # Only what was stored is evaluated: no logits are computed before they are wanted.
         mx.eval([array for layer in cache for array in layer.arrays])
-    return prompt[last:]
+    return prompt[begins[-1] :]
 
 
 def allowed_tokens(
@@ -225,7 +233,7 @@ def reserve(
     return max_tokens
 
 
-def check_options(prefill_step_size: int, constraint: Constraint | None) -> None:
+def check_options(prefill_step_size: int, constraint: "Constraint | None") -> None:
     """Raise InvalidRequestError for no steps at all, or a constraint that was used up."""
     _check_positive("prefill_step_size", prefill_step_size)
     if constraint is not None and constraint.is_finished:

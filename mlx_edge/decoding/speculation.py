@@ -9,11 +9,10 @@ Where nothing is proposed, a step begins before its token is known, as in plain 
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import mlx.core as mx
 
-from mlx_edge.decoding.constraints import Constraint
 from mlx_edge.decoding.loop import (
     PREFILL_STEP_SIZE,
     Choice,
@@ -27,6 +26,9 @@ from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.proposers import Proposer, check_trimmable
 from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.models.interface import Cache, LanguageModel
+
+if TYPE_CHECKING:  # slow to import
+    from mlx_edge.decoding.constraints import Constraint
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def speculative_generate_step(
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
-    constraint: Constraint | None = None,
+    constraint: "Constraint | None" = None,
     prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -91,7 +93,7 @@ def _run(
     choice: Choice,
     proposer: Proposer,
     max_tokens: int,
-    constraint: Constraint | None,
+    constraint: "Constraint | None",
 ) -> Iterator[DraftedStep]:
     """One token after another; a pass has rows for as many as its drafts come true."""
     is_free = constraint is None  # else a choice must wait for the token before it
@@ -149,7 +151,7 @@ class _Passes(Generic[Cache]):
 
     def run(self, tokens: mx.array, drafts: Sequence[int] = ()) -> None:
         """Start a pass over the int32 tokens (L,): one that is chosen, and drafts."""
-        logits = self._model(tokens[None], self._cache)
+        logits = self._model(tokens[None], self._cache, logits_to_keep=1 + len(drafts))
         self._logits, self._drafts, self._num_true = logits, drafts, 0
         counts = self.counts
         self.counts = replace(

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
-from mlx_edge.decoding.constraints import Constraint
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE, allowed_tokens, generate_step
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.proposers import Proposer, make_proposer
@@ -25,6 +24,9 @@ from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import Cache, LanguageModel
 from mlx_edge.runtime import peak_memory_gb
 from mlx_edge.text import StopMatcher, Tokenizer
+
+if TYPE_CHECKING:  # slow to import
+    from mlx_edge.decoding.constraints import Constraint
 
 Prompt = str | Sequence[int] | mx.array
 FinishReason = Literal["stop", "length"]
@@ -56,7 +58,7 @@ def stream_generate(
     stop: Sequence[str] = (),
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
-    constraint: Constraint | None = None,
+    constraint: "Constraint | None" = None,
     prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -113,7 +115,7 @@ def _respond(
     text: "_TextStream",
     clock: "_Clock",
     limit: int,
-    constraint: Constraint | None,
+    constraint: "Constraint | None",
 ) -> Generator[GenerationResponse, None, None]:
     """A response per step, until the text ends."""
     for count, step in enumerate(steps, start=1):

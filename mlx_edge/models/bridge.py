@@ -106,6 +106,7 @@ class BridgedModel:
         cache: Sequence[BridgedCache] | None = None,
         *,
         lengths: Sequence[int] | None = None,
+        logits_to_keep: int | None = None,
     ) -> mx.array:
         """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it.
 
@@ -118,6 +119,10 @@ class BridgedModel:
             )
         if cache is None:
             cache = self.make_cache()
+        surplus = 0 if logits_to_keep is None else tokens.shape[1] - logits_to_keep
+        if surplus > 0:  # a definition gives logits for all columns; those of a call that nobody reads cost nothing
+            self(tokens[:, :surplus], cache)
+            tokens = tokens[:, surplus:]
         logits: mx.array = self.module(tokens, cache=[layer.inner for layer in cache])
         for layer in cache:
             layer.offset += tokens.shape[1]

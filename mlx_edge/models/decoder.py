@@ -46,11 +46,12 @@ class Decoder:
         cache: Sequence[AnyKVCache] | None = None,
         *,
         lengths: Sequence[int] | None = None,
+        logits_to_keep: int | None = None,
     ) -> mx.array:
         """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it.
 
         `lengths` says how many tokens of each row are real; the others are padding on the right, are not stored,
-        and have logits without meaning.
+        and have logits without meaning. `logits_to_keep` computes those of the last columns alone: (B, logits_to_keep, V).
         """
         if cache is None:
             cache = self.make_cache()
@@ -62,6 +63,8 @@ class Decoder:
         for layer, kv in zip(self.layers, cache, strict=True):
             x = ops.attention_block(x, layer.attention, kv, layer.rope, meta)
             x = ops.mlp_block(x, layer.mlp)
+        if logits_to_keep is not None and logits_to_keep < width:
+            x = x[:, width - logits_to_keep :]
         return ops.head(x, self.head)
 
     def check_unchanged(self) -> None:

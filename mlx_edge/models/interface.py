@@ -68,8 +68,17 @@ class LanguageModel(Protocol[Cache]):
     def load_report(self) -> LoadReport:
         """How the weights came here."""
 
-    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
-        """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it."""
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Sequence[Cache] | None = None,
+        *,
+        logits_to_keep: int | None = None,
+    ) -> mx.array:
+        """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it.
+
+        `logits_to_keep` asks for those of the last columns alone.
+        """
 
     def check_unchanged(self) -> None:
         """Raises ModelFormatError when a file was changed that weights are still read from."""

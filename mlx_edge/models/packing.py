@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_edge import ops
 from mlx_edge.models.quantization import Packing, Quantization
@@ -120,7 +119,7 @@ class Packer:
         names = ["weight", "scales"] + ["biases"] * (
             packing is not None and packing.mode == "affine"
         )
-        sources = [_aligned(self._checkpoint.read_bytes(f"{part.name}.{name}")) for name in names]
+        sources = [_read_words(self._checkpoint, f"{part.name}.{name}") for name in names]
         packs, scales, *offsets = sources
         extension().pack(sizes, packs, scales, offsets[0] if offsets else None, to)
 
@@ -145,7 +144,7 @@ def pack_weight(
         sizes = _matrix(weights.mode, rows, columns, weights.bits, weights.group_size, name)
         if sizes.refusal:
             raise ValueError(sizes.refusal)
-        memory = np.zeros(sizes.num_bytes, np.uint8)
+        memory = bytearray(sizes.num_bytes)
         offsets = None if weights.offsets is None else _bytes_of(weights.offsets)
         extension().pack(
             sizes, _bytes_of(weights.weight), _bytes_of(weights.scales), offsets, memory
@@ -172,12 +171,15 @@ def _matrix(mode: str, rows: int, columns: int, bits: int, group_size: int, dtyp
     return ext.Matrix(getattr(ext.Format, mode), rows, columns, bits, group_size, kind)
 
 
-def _aligned(data: Any) -> Any:
-    """The bytes where the kernels may read words."""
-    return data if data.ctypes.data % 4 == 0 else data.copy()
+def _read_words(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
+    """The bytes of a tensor where the kernels may read words."""
+    data = checkpoint.read_bytes(name)
+    return bytes(data) if checkpoint.entry(name).begin % 4 else data
 
 
 def _bytes_of(array: mx.array) -> Any:
+    import numpy as np  # slow to import, and not needed for a checkpoint
+
     flat = mx.contiguous(array).reshape(-1)
     return np.array(flat.view(mx.uint8))
 

@@ -1,18 +1,16 @@
 """Rotary embedding: its settings in `config.json`, and the periods that the ops take. Knows formulas, not ops."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.fields import Fields
 from mlx_edge.ops import Rope
 
-Periods = NDArray[np.float64]
+Periods = Sequence[float]
 MAX_CONTEXT = 1 << 30
 
 
@@ -129,25 +127,25 @@ _READERS: Mapping[str, Callable[[Fields, float, int], RopeConfig]] = {
 
 def make_rope(config: RopeConfig, head_dim: int) -> Rope:
     """The record that the ops take, periods (head_dim / 2,) float32."""
-    periods = config.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    periods = [config.theta ** (index / head_dim) for index in range(0, head_dim, 2)]
     if config.kind == "linear":
-        periods = periods * config.factor
+        periods = [period * config.factor for period in periods]
     elif config.kind == "llama3":
         periods = _stretch_llama3(periods, config)
     elif config.kind == "yarn":
         periods = _stretch_yarn(periods, config)
-    return Rope(mx.array(periods.astype(np.float32)), head_dim, magnitude=config.magnitude)
+    return Rope(mx.array(periods, mx.float32), head_dim, magnitude=config.magnitude)
 
 
-def _stretch_llama3(periods: Periods, config: RopeConfig) -> Periods:
+def _stretch_llama3(periods: Periods, config: RopeConfig) -> list[float]:
     """Llama 3.1's rule: short waves stay, long ones are `factor` times longer, those between are blended."""
-    turns = config.original_context / (2 * math.pi * periods)  # in the original context
+    turns = [config.original_context / (2 * math.pi * period) for period in periods]
     low, high = config.low_freq_factor, config.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    keep = [_clip((turn - low) / (high - low)) for turn in turns]  # turns in the original context
     return _blend(periods, config.factor, keep)
 
 
-def _stretch_yarn(periods: Periods, config: RopeConfig) -> Periods:
+def _stretch_yarn(periods: Periods, config: RopeConfig) -> list[float]:
     """YaRN (Peng et al. 2023): pairs that turn more than beta_fast times stay, below beta_slow they are stretched."""
     dims = 2 * len(periods)
 
@@ -160,11 +158,17 @@ def _stretch_yarn(periods: Periods, config: RopeConfig) -> Periods:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
     width = high - low if high != low else 0.001
-    keep = 1.0 - np.clip((np.arange(len(periods)) - low) / width, 0.0, 1.0)
+    keep = [1.0 - _clip((pair - low) / width) for pair in range(len(periods))]
     return _blend(periods, config.factor, keep)
 
 
-def _blend(periods: Periods, factor: float, keep: Periods) -> Periods:
+def _blend(periods: Periods, factor: float, keep: Sequence[float]) -> list[float]:
     """Frequencies between the original (keep 1) and those `factor` times lower (keep 0)."""
-    blended: Periods = 1.0 / ((1.0 - keep) / (factor * periods) + keep / periods)
-    return blended
+    return [
+        1.0 / ((1.0 - kept) / (factor * period) + kept / period)
+        for kept, period in zip(keep, periods, strict=True)
+    ]
+
+
+def _clip(share: float) -> float:
+    return min(max(share, 0.0), 1.0)

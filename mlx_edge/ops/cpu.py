@@ -9,7 +9,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -42,7 +41,6 @@ def find_extension() -> Any:
     """
     if sys.platform == "darwin":
         return "macOS has its GPU instead"
-    installed = version("mlx")
     try:
         from mlx_edge._native import _cpu
     except ModuleNotFoundError:
@@ -50,14 +48,20 @@ def find_extension() -> Any:
             f"mlx_edge was installed without it (no compiler, or its build failed); {INSTALL_AGAIN}"
         )
     except ImportError as error:
-        return f"it does not fit the installed mlx {version('mlx')} ({error}); {INSTALL_AGAIN}"
+        return f"it does not fit the installed mlx {_mlx_version()} ({error}); {INSTALL_AGAIN}"
     try:
         mx.eval(_cpu.argmax(mx.array([0.0, 1.0])))
     except TypeError:
-        return f"it does not know the arrays of the installed mlx {version('mlx')}; {INSTALL_AGAIN}"
+        return f"it does not know the arrays of the installed mlx {_mlx_version()}; {INSTALL_AGAIN}"
     except RuntimeError as error:
         return str(error)
     return _cpu
+
+
+def _mlx_version() -> str:
+    from importlib.metadata import version  # slow to import, and only needed for a message
+
+    return version("mlx")
 
 
 def extension() -> Any:

@@ -22,26 +22,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_edge.profiler.memory import Memory, sample_memory
-from mlx_edge.profiler.report import Report, make_report, write_report
-from mlx_edge.profiler.table import format_report
 from mlx_edge.profiler.timer import DEFAULT, Profiler, dump_report, reset, start
-from mlx_edge.profiler.trace import make_trace, write_trace
 
 if TYPE_CHECKING:
     from mlx_edge.profiler.operations import OpProfile as OpProfile
     from mlx_edge.profiler.phases import ObservationCost as ObservationCost
     from mlx_edge.profiler.phases import Phases as Phases
+    from mlx_edge.profiler.report import Report as Report
+    from mlx_edge.profiler.report import make_report as make_report
+    from mlx_edge.profiler.report import write_report as write_report
     from mlx_edge.profiler.roofline import Bandwidth as Bandwidth
     from mlx_edge.profiler.roofline import machine_bandwidth as machine_bandwidth
     from mlx_edge.profiler.roofline import measure_bandwidth as measure_bandwidth
+    from mlx_edge.profiler.table import format_report as format_report
+    from mlx_edge.profiler.trace import make_trace as make_trace
+    from mlx_edge.profiler.trace import write_trace as write_trace
 
 _HOMES = {
     "Bandwidth": "mlx_edge.profiler.roofline",
     "ObservationCost": "mlx_edge.profiler.phases",
     "OpProfile": "mlx_edge.profiler.operations",
     "Phases": "mlx_edge.profiler.phases",
+    "Report": "mlx_edge.profiler.report",
+    "format_report": "mlx_edge.profiler.table",
     "machine_bandwidth": "mlx_edge.profiler.roofline",
+    "make_report": "mlx_edge.profiler.report",
+    "make_trace": "mlx_edge.profiler.trace",
     "measure_bandwidth": "mlx_edge.profiler.roofline",
+    "write_report": "mlx_edge.profiler.report",
+    "write_trace": "mlx_edge.profiler.trace",
 }
 
 __all__ = [

@@ -10,13 +10,14 @@ Knows no tensor and no header: it is given a file and a run of whole pages.
 import sys
 from collections.abc import Callable
 from mmap import mmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge.weights.mapping import Run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Adopt = Callable[[mmap, int, Run], mx.array]
 """(mapping of the whole file, its descriptor, run of pages) -> uint32 array on these pages; raises if it cannot."""
@@ -51,6 +52,8 @@ def find_adoption() -> Adopt | str:
 
 def _adopt_on_metal(mapping: mmap, descriptor: int, run: Run) -> mx.array:
     """MLX's deleter owns the numpy array, that owns the mapping."""
+    import numpy as np  # slow to import: not where it is of no use
+
     pages: NDArray[np.uint32] = np.asarray(_Pages(mapping, run))
     return mx.asarray(pages, copy=False)
 
@@ -64,6 +67,8 @@ class _Pages:
     """
 
     def __init__(self, mapping: mmap, run: Run) -> None:
+        import numpy as np
+
         self._whole_file = np.frombuffer(
             mapping, dtype=np.uint8
         )  # an export: the mapping cannot be closed under it

@@ -13,8 +13,6 @@ from types import MappingProxyType, TracebackType
 from typing import NoReturn
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge.weights.header import (
     GET_AGAIN,
@@ -77,7 +75,7 @@ class Checkpoint:
         """Returns a tensor as a new array; raises as `SafetensorsFile.read` does."""
         return self._find(name).read(name)
 
-    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+    def read_bytes(self, name: str) -> memoryview:
         """Returns a tensor's bytes; as `SafetensorsFile.read_bytes`."""
         return self._find(name).read_bytes(name)
 

@@ -32,6 +32,8 @@ GET_AGAIN = "download or convert the file again"
 _LENGTH_BYTES = 8
 _LFS_POINTER = b"version https://git-lfs"
 
+Place = tuple[str, str]  # a tensor for messages: its file and name, in words only when it fails
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -165,15 +167,15 @@ def _check_metadata(source: str, value: object) -> Mapping[str, str]:
 
 
 def _parse_entry(source: str, name: str, value: object, data_begin: int) -> TensorEntry:
-    where = f"{source}: tensor {show(name)}"
+    where = source, name
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        fail(where, show(value), "exactly dtype, shape and data_offsets", GET_AGAIN)
+        _fail_tensor(where, show(value), "exactly dtype, shape and data_offsets", GET_AGAIN)
     dtype, shape = value["dtype"], _check_shape(where, value["shape"])
     begin, end = _check_offsets(where, value["data_offsets"])
     if not isinstance(dtype, str) or dtype not in ELEMENT_TYPES:
         known = isinstance(dtype, str) and dtype in UNSUPPORTED_TYPES
         found = f"dtype {show(dtype)}, which is {'not supported' if known else 'unknown'}"
-        fail(
+        _fail_tensor(
             where,
             found,
             f"one of {', '.join(ELEMENT_TYPES)}",
@@ -182,7 +184,7 @@ def _parse_entry(source: str, name: str, value: object, data_begin: int) -> Tens
     expected = math.prod(shape) * ELEMENT_TYPES[dtype].size
     if end - begin != expected:
         found = f"{end - begin} bytes (data_offsets {show([begin, end])})"
-        fail(where, found, f"{show(expected)} for {dtype} {show(list(shape))}", GET_AGAIN)
+        _fail_tensor(where, found, f"{show(expected)} for {dtype} {show(list(shape))}", GET_AGAIN)
     return TensorEntry(name, dtype, shape, data_begin + begin, data_begin + end)
 
 
@@ -191,35 +193,44 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_shape(where: str, shape: object) -> tuple[int, ...]:
+def _check_shape(where: Place, shape: object) -> tuple[int, ...]:
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        fail(
+        _fail_tensor(
             where,
             f"shape {show(shape)}",
             "a list of sizes (whole numbers, not negative)",
             GET_AGAIN,
         )
     if len(shape) > MAX_NUM_DIMS:
-        fail(where, f"{len(shape)} dimensions", f"at most {MAX_NUM_DIMS}", GET_AGAIN)
+        _fail_tensor(where, f"{len(shape)} dimensions", f"at most {MAX_NUM_DIMS}", GET_AGAIN)
     if any(dim > MAX_DIM for dim in shape):
-        fail(
+        _fail_tensor(
             where,
             f"shape {show(shape)}",
             f"sizes up to {MAX_DIM} (MLX counts in int32)",
             "split the tensor",
         )
     if math.prod(dim or 1 for dim in shape) > MAX_BYTES // 8:  # strides count past a size of 0, too
-        fail(where, f"shape {show(shape)}", "a tensor that 64 bits can address", GET_AGAIN)
+        _fail_tensor(where, f"shape {show(shape)}", "a tensor that 64 bits can address", GET_AGAIN)
     return tuple(shape)
 
 
-def _check_offsets(where: str, offsets: object) -> tuple[int, int]:
+def _check_offsets(where: Place, offsets: object) -> tuple[int, int]:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        fail(where, f"data_offsets {show(offsets)}", "two whole numbers, not negative", GET_AGAIN)
+        _fail_tensor(
+            where, f"data_offsets {show(offsets)}", "two whole numbers, not negative", GET_AGAIN
+        )
     begin, end = offsets
     if not begin <= end <= MAX_BYTES:
-        fail(where, f"data_offsets {show(offsets)}", "a begin up to the end, in 64 bits", GET_AGAIN)
+        _fail_tensor(
+            where, f"data_offsets {show(offsets)}", "a begin up to the end, in 64 bits", GET_AGAIN
+        )
     return begin, end
+
+
+def _fail_tensor(where: Place, found: str, expected: str, remedy: str) -> NoReturn:
+    source, name = where
+    fail(f"{source}: tensor {show(name)}", found, expected, remedy)
 
 
 def _check_layout(

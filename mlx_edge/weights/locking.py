@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_edge.errors import MemoryBudgetError
 from mlx_edge.weights.report import format_bytes
@@ -35,12 +34,14 @@ def lock_pages(address: int, num_bytes: int, what: str) -> int:
         _fail(ctypes.get_errno(), num_bytes, what)
     if libc.madvise(start, size, _MADV_POPULATE_READ):  # before Linux 5.14
         pages = (ctypes.c_ubyte * num_bytes).from_address(address)
-        np.ctypeslib.as_array(pages)[:: mmap.PAGESIZE].max()
+        max(pages[:: mmap.PAGESIZE], default=0)
     return num_bytes
 
 
 def find_address(array: mx.array) -> int:
     """Returns where the bytes of an array of a type that numpy knows lie in this process."""
+    import numpy as np  # slow to import, and seldom needed: only memory that is locked is asked for
+
     with mx.stream(mx.cpu):
         return int(np.asarray(array).ctypes.data)
 

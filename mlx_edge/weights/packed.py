@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from mlx_edge.errors import MemoryBudgetError
 from mlx_edge.weights.locking import lock_pages
 from mlx_edge.weights.pack_file import (
@@ -221,6 +219,8 @@ def _open_file(path: Path, packing: _Packing, *, populate: bool) -> tuple[memory
 
 
 def _address_of(view: memoryview) -> int:
+    import numpy as np  # slow to import, and seldom needed: ctypes gives no address of read-only bytes
+
     return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 

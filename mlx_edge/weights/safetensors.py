@@ -20,11 +20,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.weights.adoption import NOT_ASKED_FOR, Adopt, find_adoption
@@ -119,7 +117,7 @@ class SafetensorsFile:
         self._materialise_s += time.perf_counter() - started
         return array
 
-    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+    def read_bytes(self, name: str) -> memoryview:
         """Returns a tensor's bytes as they lie in the file: a view of the mapping, aligned to its elements, or a copy.
 
         A view is counted as shared and keeps the mapping. Raises as `read` does.
@@ -129,12 +127,12 @@ class SafetensorsFile:
         if not self._use_mmap:
             data = self._read_bytes(entry)
         else:
-            data = np.frombuffer(mapping, np.uint8, entry.num_bytes, entry.begin)
-            if data.ctypes.data % ELEMENT_TYPES[entry.dtype].size == 0:
+            data = _cut_bytes(mapping, entry)
+            if entry.begin % ELEMENT_TYPES[entry.dtype].size == 0:  # a mapping begins on a page
                 self._shared_names.add(name)
                 return data
             self._reasons[UNALIGNED] = None
-            data = data.copy()
+            data = memoryview(bytes(data))
         self._copied_bytes += entry.num_bytes
         return data
 
@@ -188,15 +186,15 @@ class SafetensorsFile:
             return shared
         self._reasons[shared] = None
         self._copied_bytes += entry.num_bytes
-        data = mapping if self._use_mmap else self._read_bytes(entry)
-        return _copy_tensor(data, entry, begin=entry.begin if self._use_mmap else 0)
+        data = _cut_bytes(mapping, entry) if self._use_mmap else self._read_bytes(entry)
+        return _copy_tensor(data, entry)
 
-    def _read_bytes(self, entry: TensorEntry) -> NDArray[np.uint8]:
-        data = np.empty(entry.num_bytes, np.uint8)
+    def _read_bytes(self, entry: TensorEntry) -> memoryview:
+        data = memoryview(bytearray(entry.num_bytes))
         done = 0
         while done < entry.num_bytes:
             try:
-                count = os.preadv(self._descriptor, [data[done:].data], entry.begin + done)
+                count = os.preadv(self._descriptor, [data[done:]], entry.begin + done)
             except OSError as error:
                 found = f"that it cannot be read ({error.strerror})"
                 fail(str(self.path), found, "a readable file", "check the disk")
@@ -234,22 +232,20 @@ def _fail_to_open(path: Path, error: OSError | ValueError) -> NoReturn:
     fail(str(path), f"that it cannot be opened ({reason})", "a readable file", "check the path")
 
 
-def _copy_tensor(
-    data: mmap.mmap | NDArray[np.uint8], entry: TensorEntry, *, begin: int
-) -> mx.array:
-    """The tensor at `begin` of `data` in MLX's own memory: one copy, aligned or not."""
-    if entry.dtype == "BOOL":  # a byte other than 0 and 1 is mended: it is neither true nor false
-        return mx.array(_look_at(data, entry, np.uint8, begin=begin) != 0)
+def _cut_bytes(mapping: mmap.mmap, entry: TensorEntry) -> memoryview:
+    return memoryview(mapping)[entry.begin : entry.end]
+
+
+def _copy_tensor(data: memoryview, entry: TensorEntry) -> mx.array:
+    """The tensor with these bytes in MLX's own memory: one copy, aligned or not."""
     element = ELEMENT_TYPES[entry.dtype]
-    seen = _look_at(data, entry, element.numpy, begin=begin)
-    if entry.dtype == "BF16":
-        return mx.array(seen).view(element.mlx)
-    return mx.array(seen, dtype=element.mlx)
+    # As words of its size: MLX counts in int32, and as bytes a large tensor would be too many.
+    words: Any = data.cast(_WORDS[element.size])
+    copied = mx.array(words)
+    if entry.dtype == "BOOL":  # a byte other than 0 and 1 is mended: it is neither true nor false
+        return (copied != 0).reshape(entry.shape)
+    # Metal has no float64; nothing is computed here.
+    return copied.view(element.mlx, stream=mx.cpu).reshape(entry.shape, stream=mx.cpu)
 
 
-def _look_at(
-    data: mmap.mmap | NDArray[np.uint8], entry: TensorEntry, dtype: DTypeLike, *, begin: int
-) -> NDArray[Any]:
-    """A read-only numpy view of a tensor's bytes; it may be unaligned."""
-    count = entry.num_bytes // np.dtype(dtype).itemsize
-    return np.frombuffer(data, dtype=dtype, count=count, offset=begin).reshape(entry.shape)
+_WORDS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}

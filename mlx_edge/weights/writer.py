@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.weights.checkpoint import INDEX_NAME, SINGLE_NAME
@@ -157,6 +155,8 @@ def _make_header(ordered: list[_Planned], metadata: Mapping[str, str]) -> bytes:
 
 
 def _write_tensor(file: BinaryIO, plan: _Planned, array: mx.array) -> None:
+    import numpy as np  # slow to import, and a start writes nothing
+
     if _plan_tensor(plan.name, array) != plan:
         raise InvalidRequestError(
             f"tensor {show(plan.name)} changed while it was written: {array.dtype} {array.shape}, "
@@ -165,7 +165,7 @@ def _write_tensor(file: BinaryIO, plan: _Planned, array: mx.array) -> None:
     if array.dtype == mx.bfloat16:  # numpy has none; the bytes are the same
         array = array.view(mx.uint16)
     # On MLX's own memory; only what is not contiguous is copied.
-    data: NDArray[Any] = np.ascontiguousarray(np.asarray(array))
+    data = np.ascontiguousarray(np.asarray(array))
     if data.nbytes:
         file.write(data.data.cast("B"))
 

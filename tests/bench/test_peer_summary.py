@@ -155,3 +155,15 @@ def test_tables_show_every_key_and_every_peer() -> None:
 
 def test_a_figure_without_rounds_has_no_median() -> None:
     assert Figure().median is None
+
+
+def test_a_peer_too_slow_for_the_same_numbers_counts_with_those_it_has() -> None:
+    rounds = Rounds(
+        [
+            record(0, OURS, prefill_128=300.0, decode_0=40.0, decode_2048=30.0),
+            record(0, "mlx-lm float32", prefill_16=1.0, decode_0=0.5),
+            record(0, "mlx-lm as stored", prefill_2=0.1, decode_0=0.1),
+        ]
+    )
+    assert rate(rounds, "big", "prefill_", "mlx-lm").median == 300.0
+    assert rate(rounds, "big", "decode_", "mlx-lm").median == 60.0

@@ -1,0 +1,206 @@
+// The blocks over the pool: the same bits for any number of threads, for a row alone and in a batch, for a prompt at once and
+// in pieces; two callers at a time; a forked child. Built with the thread sanitizer, or with those of addresses and
+// undefined behaviour, by test_blocks.py. Whether the numbers are right is tests/ops' question.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "blocks.h"
+#include "pool.h"
+
+// Only the one set that MLX_EDGE_ISA names is linked.
+namespace mlx_edge {
+namespace MLX_EDGE_ISA {
+extern const Kernels kernels;
+}
+const Kernels* find_kernels(const char*) { return &MLX_EDGE_ISA::kernels; }
+}  // namespace mlx_edge
+
+using namespace mlx_edge;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("FAILED: %s\n", what);
+  failures++;
+}
+
+std::mt19937 generator(7);
+
+std::vector<float> numbers(size_t count) {
+  std::normal_distribution<float> normal;
+  std::vector<float> found(count);
+  for (float& x : found) x = normal(generator);
+  return found;
+}
+
+WeightPtr make_weight(int rows, int columns, bool has_bias = false) {
+  const int group_size = 32;
+  Matrix w{Format::affine, rows, columns, 4, group_size, Float::f32, nullptr, nullptr};
+  const size_t groups = static_cast<size_t>(rows) * columns / group_size;
+  std::vector<uint32_t> packs(static_cast<size_t>(rows) * columns / 8);
+  for (uint32_t& pack : packs) pack = static_cast<uint32_t>(generator());
+  std::vector<float> scales(groups, 0.02f), offsets(groups, -0.15f);
+  auto memory = std::make_shared<std::vector<uint8_t>>(packed_bytes(w) + 64);
+  uint8_t* aligned = memory->data() + (64 - reinterpret_cast<uintptr_t>(memory->data()) % 64) % 64;
+  pack(w, packs.data(), scales.data(), offsets.data(), aligned, 0, num_blocks(w));
+  w.data = aligned;
+  return std::make_shared<Weight>(Weight{w, has_bias ? numbers(rows) : std::vector<float>{}, memory});
+}
+
+constexpr int HIDDEN = 64, INNER = 160, HEADS = 4, KV_HEADS = 2, DIM = 32;
+
+AttentionLayer make_attention() {
+  AttentionLayer layer;
+  layer.norm = {std::vector<float>(HIDDEN, 1.0f), 1e-5f};
+  layer.q = make_weight(HEADS * DIM, HIDDEN, true);
+  layer.k = make_weight(KV_HEADS * DIM, HIDDEN);
+  layer.v = make_weight(KV_HEADS * DIM, HIDDEN);
+  layer.o = make_weight(HIDDEN, HEADS * DIM);
+  layer.num_heads = HEADS, layer.num_kv_heads = KV_HEADS, layer.head_dim = DIM, layer.scale = 0.18f;
+  layer.q_norm = Norm{std::vector<float>(DIM, 1.1f), 1e-6f};
+  Rope rope;
+  for (int i = 0; i < DIM / 2; i++) rope.periods.push_back(1.0f + static_cast<float>(i * i));
+  rope.dims = DIM;
+  layer.rope = rope;
+  layer.window = 90;
+  return layer;
+}
+
+MLPLayer make_mlp() {
+  MLPLayer layer;
+  layer.norm = {std::vector<float>(HIDDEN, 1.0f), 1e-5f};
+  layer.gate = make_weight(INNER, HIDDEN);
+  layer.up = make_weight(INNER, HIDDEN);
+  layer.down = make_weight(HIDDEN, INNER);
+  return layer;
+}
+
+struct Model {
+  AttentionLayer attention = make_attention();
+  MLPLayer mlp = make_mlp();
+
+  std::unique_ptr<KVStore> make_store(int batch) const {
+    return std::make_unique<KVStore>(batch, KV_HEADS, DIM, KVFormat::f16, 0, 90, 4);
+  }
+  std::vector<float> step(KVStore& kv, const Step& step, const std::vector<float>& x) const {
+    std::vector<float> y(x.size()), z(x.size());
+    attention_block(attention, Precision::int8, kv, step, x.data(), y.data());
+    mlp_block(mlp, Precision::int8, y.data(), z.data(), step.num_rows());
+    return z;
+  }
+};
+
+bool same(const float* a, const float* b, size_t count) { return std::memcmp(a, b, count * sizeof(float)) == 0; }
+
+void check_threads(const Model& model) {
+  const int length = 300;  // more than a slice
+  const auto x = numbers(static_cast<size_t>(length) * HIDDEN);
+  std::vector<float> first;
+  for (int threads : {1, 2, 3, 5}) {
+    set_threads(threads);
+    const auto kv = model.make_store(1);
+    const auto y = model.step(*kv, Step{{0}, {length}, length}, x);
+    if (first.empty()) first = y;
+    expect(same(first.data(), y.data(), y.size()), "the same bits for any number of threads");
+  }
+  set_threads(2);
+  const auto kv = model.make_store(1);
+  for (int at = 0, count = 1; at < length; at += count, count = count % 41 + 7) {
+    count = std::min(count, length - at);
+    const std::vector<float> piece(x.begin() + at * HIDDEN, x.begin() + (at + count) * HIDDEN);
+    const auto y = model.step(*kv, Step{{at}, {count}, count}, piece);
+    expect(same(first.data() + at * HIDDEN, y.data(), y.size()), "the same bits for a prompt in pieces");
+  }
+}
+
+void check_batch(const Model& model) {
+  const int width = 70;
+  const std::vector<int> lengths = {70, 1, 33};
+  const auto x = numbers(lengths.size() * width * HIDDEN);
+  const auto together = model.make_store(3);
+  const auto y = model.step(*together, Step{{0, 0, 0}, lengths, width}, x);
+  for (size_t row = 0; row < lengths.size(); row++) {
+    const auto alone = model.make_store(1);
+    const size_t at = row * width * HIDDEN, count = static_cast<size_t>(lengths[row]) * HIDDEN;
+    const auto z = model.step(*alone, Step{{0}, {lengths[row]}, lengths[row]}, {x.begin() + at, x.begin() + at + count});
+    expect(same(y.data() + at, z.data(), count), "a row of a batch equals the row alone");
+  }
+}
+
+void check_two_callers(const Model& model) {
+  const auto x = numbers(40 * HIDDEN);
+  const auto kv = model.make_store(1);
+  const auto wanted = model.step(*kv, Step{{0}, {40}, 40}, x);
+  const auto repeat = [&] {
+    for (int i = 0; i < 5; i++) {
+      const auto own = model.make_store(1);
+      const auto y = model.step(*own, Step{{0}, {40}, 40}, x);
+      if (!same(wanted.data(), y.data(), y.size())) std::abort();
+    }
+  };
+  std::thread other(repeat);
+  repeat();
+  other.join();
+}
+
+void check_fork(const Model& model) {
+#if !defined(__SANITIZE_THREAD__)  // its runtime does not follow a fork of a process with threads
+  const auto x = numbers(20 * HIDDEN);
+  const auto kv = model.make_store(1);
+  const auto wanted = model.step(*kv, Step{{0}, {20}, 20}, x);
+  const pid_t child = fork();
+  if (child == 0) {
+    const auto own = model.make_store(1);
+    const auto y = model.step(*own, Step{{0}, {20}, 20}, x);
+    _exit(same(wanted.data(), y.data(), y.size()) ? 0 : 1);
+  }
+  int status = 1;
+  waitpid(child, &status, 0);
+  expect(status == 0, "a forked child computes the same");
+#else
+  (void)model;
+#endif
+}
+
+void check_small_ends(const Model& model) {
+  const auto kv = model.make_store(2);
+  const auto y = model.step(*kv, Step{{0, 0}, {0, 1}, 1}, numbers(2 * HIDDEN));
+  expect(y.size() == 2 * HIDDEN, "a row without tokens");
+  std::vector<float> logits = numbers(20001), probabilities(20001);
+  log_softmax(logits.data(), probabilities.data(), 1, 20001);
+  int best = -1;
+  argmax(logits.data(), &best, 1, 20001);
+  expect(probabilities[best] == *std::max_element(probabilities.begin(), probabilities.end()), "the likeliest is the largest");
+  std::vector<float> rows(3 * HEADS * DIM);
+  const int tokens[] = {-1, 1 << 30, HIDDEN - 1};
+  embed(*model.attention.o, tokens, rows.data(), 3);
+  expect(std::isnan(rows[0]) && std::isnan(rows[HEADS * DIM]), "a token outside the table has no row");
+  expect(std::isfinite(rows.back()), "the table's last row");
+  linear(*model.attention.q, Precision::int8, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+int main() {
+  const Model model;
+  check_threads(model);
+  check_batch(model);
+  check_two_callers(model);
+  check_fork(model);
+  check_small_ends(model);
+  std::printf(failures ? "%d failed\n" : "all good\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,88 @@
+"""The matmul kernels in C++, without MLX: under the sanitizers against doubles, and one instruction set against another.
+
+Each set is compiled by itself. AVX-512 and NEON run as plain C++ when SIMDe is there, and AVX-512 is compiled for the real
+machine everywhere.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "cpu_kernels"
+EMULATED = HERE / "emulated"
+SIMDE = Path("/usr/include/simde")
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
+# Checks of memory become calls and tiles are not inlined: much less to compile.
+SANITIZED = [
+    *("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    *("--param", "asan-instrumentation-with-call-threshold=0"),
+]
+# Emulated sets were seen by the sanitizers as scalar code and AVX2: they run without.
+FLAGS = {
+    "scalar": SANITIZED,
+    "avx2": ["-DMLX_EDGE_AVX2", "-mavx2", "-mfma", "-mf16c", *SANITIZED],
+    "avx512": ["-DMLX_EDGE_AVX512", f"-I{EMULATED}"],
+    "neon": ["-DMLX_EDGE_NEON", f"-I{EMULATED}"],
+}
+
+
+def reason_to_skip(isa: str) -> str:
+    """Why this instruction set cannot be compiled or run here; "" when it can."""
+    if shutil.which("g++") is None:
+        return "no g++ here"
+    if isa == "avx2":
+        cpu = Path("/proc/cpuinfo")
+        flags = set(cpu.read_text().split()) if cpu.exists() else set()
+        missing = {"avx2", "fma", "f16c"} - flags
+        return f"this CPU lacks {', '.join(sorted(missing))}" if missing else ""
+    if isa in ("avx512", "neon") and not SIMDE.is_dir():
+        return "SIMDe is not installed (apt-get install libsimde-dev)"
+    return ""
+
+
+def command(isa: str, flags: list[str]) -> list[str]:
+    options = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-DMLX_EDGE_OUTLINED"]
+    return ["g++", *options, f"-DMLX_EDGE_ISA={isa}", *flags, f"-I{KERNELS}", f"-I{HERE}"]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory):
+    """The checks' programs by instruction set, compiled side by side; those that cannot be are not there."""
+    folder = tmp_path_factory.mktemp("cpu_linear")
+    started = {}
+    for isa, flags in FLAGS.items():
+        if not reason_to_skip(isa):
+            sources = [HERE / "check_linear.cpp", KERNELS / "matrix.cpp"]
+            whole = [*command(isa, flags), *map(str, sources), "-o", str(folder / isa)]
+            started[isa] = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True)
+    for isa, compiler in started.items():
+        said = compiler.communicate()[1]
+        assert compiler.returncode == 0, f"{isa}: {said}"
+    return folder
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_products_meet_doubles(programs: Path, isa: str) -> None:
+    """Every width, group and scale type, dense rows, ragged sizes, rows alone and together, pieces in any order; the first
+    set that runs writes its results, the others must agree with them."""
+    if reason := reason_to_skip(isa):
+        pytest.skip(reason)
+    call = [programs / isa, programs / "results"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checks" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_avx512_compiles_for_a_real_machine() -> None:
+    machine = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True, check=True)
+    if not machine.stdout.startswith("x86_64"):
+        pytest.skip(f"the compiler makes programs for {machine.stdout.strip()}")
+    source = "#include <linear.h>\nauto* kernel = mlx_edge::avx512::multiply;\n"
+    whole = [*command("avx512", ["-DMLX_EDGE_AVX512", *AVX512]), "-S", "-x", "c++", "-", "-o", "-"]
+    done = subprocess.run(whole, input=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "vpdpbusd" in done.stdout
