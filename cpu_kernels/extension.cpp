@@ -6,10 +6,10 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -33,6 +33,18 @@ using namespace nb::literals;
 namespace {
 
 using namespace mlx_edge;
+
+// What Python holds of a record. The steps share the record itself, never its Python object: a stream's thread that dropped
+// one would wait for the interpreter.
+template <class T>
+struct Held {
+  std::shared_ptr<T> it;
+};
+using HeldWeight = Held<const Weight>;
+using HeldAttention = Held<const AttentionLayer>;
+using HeldMLP = Held<const MLPLayer>;
+using HeldHead = Held<const HeadLayer>;
+using HeldStore = Held<KVStore>;
 
 using Pointers = std::vector<char*>;
 using Work = std::function<void(const Pointers& in, const Pointers& out)>;
@@ -99,7 +111,8 @@ void expect_floats(const char* op, const mx::array& x, int columns) {
                                 ", expected " + std::to_string(columns));
 }
 
-mx::array run_linear(const mx::array& x, const WeightPtr& w, Precision precision) {
+mx::array run_linear(const mx::array& x, const HeldWeight& weight, Precision precision) {
+  const auto w = weight.it;
   expect_floats("linear", x, w->matrix.columns);
   const int rows = num_rows(x);
   return make_op("linear", {x}, {with_last(x, w->matrix.rows)}, {mx::float32}, [=](const Pointers& in, const Pointers& out) {
@@ -114,9 +127,11 @@ size_t weight_bytes(const Matrix& w) {
 }
 
 // One step of a KV store: what to wait for before it is touched, and what tells that it has been.
-std::pair<mx::array, mx::array> run_attention(const mx::array& x, const std::shared_ptr<const AttentionLayer>& layer,
-                                              const std::shared_ptr<KVStore>& kv, const std::optional<mx::array>& ticket,
-                                              const Step& step, Precision precision) {
+std::pair<mx::array, mx::array> run_attention(const mx::array& x, const HeldAttention& held, const HeldStore& store,
+                                              const std::optional<mx::array>& ticket, const Step& step,
+                                              Precision precision) {
+  const auto layer = held.it;
+  const auto kv = store.it;
   expect_floats("attention_block", x, layer->q->matrix.columns);
   std::vector<mx::array> inputs{x};
   if (ticket) inputs.push_back(*ticket);
@@ -129,8 +144,9 @@ std::pair<mx::array, mx::array> run_attention(const mx::array& x, const std::sha
   return {outputs[0], outputs[1]};
 }
 
-mx::array run_append(const mx::array& keys, const mx::array& values, const std::shared_ptr<KVStore>& kv,
+mx::array run_append(const mx::array& keys, const mx::array& values, const HeldStore& store,
                      const std::optional<mx::array>& ticket, const Step& step) {
+  const auto kv = store.it;
   expect_floats("append", keys, kv->head_dim());
   expect_floats("append", values, kv->head_dim());
   std::vector<mx::array> inputs{keys, values};
@@ -142,7 +158,8 @@ mx::array run_append(const mx::array& keys, const mx::array& values, const std::
 }
 
 // Positions [start, start + count) of all rows as floats (2, B, K, count, D), keys first.
-mx::array run_read(const std::shared_ptr<KVStore>& kv, const std::optional<mx::array>& ticket, int start, int count) {
+mx::array run_read(const HeldStore& store, const std::optional<mx::array>& ticket, int start, int count) {
+  const auto kv = store.it;
   const mx::Shape shape{2, kv->batch(), kv->num_heads(), count, kv->head_dim()};
   std::vector<mx::array> inputs;
   if (ticket) inputs.push_back(*ticket);
@@ -154,7 +171,8 @@ mx::array run_read(const std::shared_ptr<KVStore>& kv, const std::optional<mx::a
   })[0];
 }
 
-mx::array run_mlp(const mx::array& x, const std::shared_ptr<const MLPLayer>& layer, Precision precision) {
+mx::array run_mlp(const mx::array& x, const HeldMLP& held, Precision precision) {
+  const auto layer = held.it;
   expect_floats("mlp_block", x, layer->gate->matrix.columns);
   const int rows = num_rows(x);
   return make_op("mlp_block", {x}, {x.shape()}, {mx::float32}, [=](const Pointers& in, const Pointers& out) {
@@ -162,7 +180,8 @@ mx::array run_mlp(const mx::array& x, const std::shared_ptr<const MLPLayer>& lay
   })[0];
 }
 
-mx::array run_head(const mx::array& x, const std::shared_ptr<const HeadLayer>& layer, Precision precision) {
+mx::array run_head(const mx::array& x, const HeldHead& held, Precision precision) {
+  const auto layer = held.it;
   const Matrix& w = layer->projection->matrix;
   expect_floats("head", x, w.columns);
   const int rows = num_rows(x);
@@ -171,7 +190,8 @@ mx::array run_head(const mx::array& x, const std::shared_ptr<const HeadLayer>& l
   })[0];
 }
 
-mx::array run_embed(const mx::array& tokens, const WeightPtr& table) {
+mx::array run_embed(const mx::array& tokens, const HeldWeight& weight) {
+  const auto table = weight.it;
   mx::Shape shape = tokens.shape();
   shape.push_back(table->matrix.columns);
   const int count = static_cast<int>(tokens.size());
@@ -181,11 +201,12 @@ mx::array run_embed(const mx::array& tokens, const WeightPtr& table) {
   })[0];
 }
 
-mx::array run_rms_norm(const mx::array& x, const Norm& norm) {
-  expect_floats("rms_norm", x, static_cast<int>(norm.weight.size()));
+mx::array run_rms_norm(const mx::array& x, const Held<const Norm>& held) {
+  const auto norm = held.it;
+  expect_floats("rms_norm", x, static_cast<int>(norm->weight.size()));
   const int rows = num_rows(x);
   return make_op("rms_norm", {x}, {x.shape()}, {mx::float32}, [=](const Pointers& in, const Pointers& out) {
-    rms_norm(norm, reinterpret_cast<float*>(in[0]), reinterpret_cast<float*>(out[0]), rows);
+    rms_norm(*norm, reinterpret_cast<float*>(in[0]), reinterpret_cast<float*>(out[0]), rows);
   })[0];
 }
 
@@ -236,13 +257,41 @@ class Bytes {
   Py_buffer view_;
 };
 
-// A buffer that outlives the call: weights are read by steps in flight, and whoever drops them last, in whichever thread,
-// gives the buffer back. An interpreter that is ending keeps it.
+// Buffers that were dropped where Python cannot be called: in a stream's thread, which may not wait for the interpreter.
+struct Dropped {
+  std::mutex mutex;
+  std::vector<const Bytes*> bytes;
+
+  static Dropped& of_process() {
+    static Dropped& it = *new Dropped;
+    return it;
+  }
+  void add(const Bytes* dropped) {
+    const std::lock_guard lock(mutex);
+    bytes.push_back(dropped);
+  }
+  static int release(void*) {
+    Dropped& it = of_process();
+    std::vector<const Bytes*> all;
+    {
+      const std::lock_guard lock(it.mutex);
+      all.swap(it.bytes);
+    }
+    for (const Bytes* bytes : all) delete bytes;
+    return 0;
+  }
+};
+
+// A buffer that outlives the call: weights are read by steps in flight, and whoever drops them last gives the buffer back; a
+// thread without Python leaves that to the interpreter, when it comes by. One that is ending never does.
 std::shared_ptr<const Bytes> share(nb::handle object, size_t size, const char* what) {
   return {new Bytes(object, size, what), [](const Bytes* bytes) {
-            if (!Py_IsInitialized()) return;
-            const nb::gil_scoped_acquire hold;
-            delete bytes;
+            if (PyGILState_Check()) {
+              delete bytes;
+            } else {
+              Dropped::of_process().add(bytes);
+              Py_AddPendingCall(Dropped::release, nullptr);
+            }
           }};
 }
 
@@ -292,85 +341,105 @@ void bind_records(nb::module_& m) {
         const char* reason = refuse(w);
         return reason ? std::optional<std::string>(reason) : std::nullopt;
       });
-  nb::class_<Weight>(m, "Weight")
+  nb::class_<HeldWeight>(m, "Weight")
       .def(
           "__init__",
-          [](Weight* self, const Matrix& sizes, nb::handle memory, std::vector<float> bias) {
+          [](HeldWeight* self, const Matrix& sizes, nb::handle memory, std::vector<float> bias) {
             if (const char* reason = refuse(sizes)) throw std::invalid_argument(reason);
             if (!bias.empty() && bias.size() != static_cast<size_t>(sizes.rows))
               throw std::invalid_argument("bias: expected one number a row");
             auto bytes = share(memory, weight_bytes(sizes), "weight");
             Matrix matrix = sizes;
             matrix.data = bytes->data();
-            new (self) Weight{matrix, std::move(bias), std::move(bytes)};
+            new (self) HeldWeight{std::make_shared<const Weight>(Weight{matrix, std::move(bias), std::move(bytes)})};
           },
-          "sizes"_a, "memory"_a, "bias"_a = std::vector<float>{})
-      .def_prop_ro("rows", [](const Weight& w) { return w.matrix.rows; })
-      .def_prop_ro("columns", [](const Weight& w) { return w.matrix.columns; });
-  nb::class_<Norm>(m, "Norm").def(nb::init<std::vector<float>, float>(), "weight"_a, "eps"_a);
+          "sizes"_a, "memory"_a, "bias"_a = std::vector<float>{});
+  nb::class_<Held<const Norm>>(m, "Norm")
+      .def(
+          "__init__",
+          [](Held<const Norm>* self, std::vector<float> weight, float eps) {
+            new (self) Held<const Norm>{std::make_shared<const Norm>(Norm{std::move(weight), eps})};
+          },
+          "weight"_a, "eps"_a);
   nb::class_<Rope>(m, "Rope").def(nb::init<std::vector<float>, int, bool, float>(), "periods"_a, "dims"_a,
                                   "is_interleaved"_a, "magnitude"_a);
   nb::class_<Step>(m, "Step").def(nb::init<std::vector<int>, std::vector<int>, int>(), "starts"_a, "lengths"_a, "width"_a);
 }
 
 void bind_layers(nb::module_& m) {
-  nb::class_<AttentionLayer>(m, "AttentionLayer")
+  using MaybeNorm = const Held<const Norm>*;
+  const auto value_of = [](MaybeNorm norm) { return norm ? std::optional<Norm>(*norm->it) : std::nullopt; };
+  nb::class_<HeldAttention>(m, "AttentionLayer")
       .def(
           "__init__",
-          [](AttentionLayer* self, Norm norm, WeightPtr q, WeightPtr k, WeightPtr v, WeightPtr o, int num_heads,
-             int num_kv_heads, int head_dim, float scale, std::optional<Norm> q_norm, std::optional<Norm> k_norm,
-             std::optional<Rope> rope, int window) {
-            new (self) AttentionLayer{norm,  q,     k,      v,      o,    num_heads, num_kv_heads, head_dim,
-                                      scale, q_norm, k_norm, rope, window};
+          [value_of](HeldAttention* self, const Held<const Norm>& norm, const HeldWeight& q, const HeldWeight& k,
+                     const HeldWeight& v, const HeldWeight& o, int num_heads, int num_kv_heads, int head_dim, float scale,
+                     MaybeNorm q_norm, MaybeNorm k_norm, std::optional<Rope> rope, int window) {
+            new (self) HeldAttention{std::make_shared<const AttentionLayer>(
+                AttentionLayer{*norm.it, q.it, k.it, v.it, o.it, num_heads, num_kv_heads, head_dim, scale, value_of(q_norm),
+                               value_of(k_norm), std::move(rope), window})};
           },
           "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a,
           "q_norm"_a.none(), "k_norm"_a.none(), "rope"_a.none(), "window"_a);
-  nb::class_<MLPLayer>(m, "MLPLayer")
+  nb::class_<HeldMLP>(m, "MLPLayer")
       .def(
           "__init__",
-          [](MLPLayer* self, Norm norm, WeightPtr gate, WeightPtr up, WeightPtr down, Activation activation) {
-            new (self) MLPLayer{norm, gate, up, down, activation};
+          [](HeldMLP* self, const Held<const Norm>& norm, const HeldWeight& gate, const HeldWeight& up,
+             const HeldWeight& down, Activation activation) {
+            new (self) HeldMLP{std::make_shared<const MLPLayer>(MLPLayer{*norm.it, gate.it, up.it, down.it, activation})};
           },
           "norm"_a, "gate"_a, "up"_a, "down"_a, "activation"_a);
-  nb::class_<HeadLayer>(m, "HeadLayer")
+  nb::class_<HeldHead>(m, "HeadLayer")
       .def(
-          "__init__", [](HeadLayer* self, Norm norm, WeightPtr projection) { new (self) HeadLayer{norm, projection}; },
+          "__init__",
+          [](HeldHead* self, const Held<const Norm>& norm, const HeldWeight& projection) {
+            new (self) HeldHead{std::make_shared<const HeadLayer>(HeadLayer{*norm.it, projection.it})};
+          },
           "norm"_a, "projection"_a);
-  nb::class_<KVStore>(m, "KVStore")
-      .def(nb::init<int, int, int, KVFormat, int, int, int>(), "batch"_a, "num_heads"_a, "head_dim"_a, "format"_a,
-           "group_size"_a, "window"_a, "keep"_a)
-      .def_prop_ro("bytes", &KVStore::bytes)
-      .def_prop_ro("batch", &KVStore::batch)
-      .def("copy", [](const KVStore& kv) { return std::shared_ptr<KVStore>(kv.copy()); })
-      .def("prepare", &KVStore::prepare, "row"_a, "start"_a, "count"_a)
+}
+
+void bind_store(nb::module_& m) {
+  nb::class_<HeldStore>(m, "KVStore")
+      .def(
+          "__init__",
+          [](HeldStore* self, int batch, int num_heads, int head_dim, KVFormat format, int group_size, int window, int keep) {
+            new (self)
+                HeldStore{std::make_shared<KVStore>(batch, num_heads, head_dim, format, group_size, window, keep)};
+          },
+          "batch"_a, "num_heads"_a, "head_dim"_a, "format"_a, "group_size"_a, "window"_a, "keep"_a)
+      .def_prop_ro("bytes", [](const HeldStore& kv) { return kv.it->bytes(); })
+      .def("copy", [](const HeldStore& kv) { return HeldStore{kv.it->copy()}; })
+      .def(
+          "prepare", [](HeldStore& kv, int row, int start, int count) { kv.it->prepare(row, start, count); }, "row"_a,
+          "start"_a, "count"_a)
       .def(
           "read_packed",
-          [](const KVStore& kv, int row, int start, int count, bool values, Plane packs, Plane scales, Plane offsets) {
-            kv.read_packed(row, start, count, values, static_cast<uint32_t*>(packs.data()),
+          [](const HeldStore& kv, int row, int start, int count, bool values, Plane packs, Plane scales, Plane offsets) {
+            kv.it->read_packed(row, start, count, values, static_cast<uint32_t*>(packs.data()),
                            static_cast<float*>(scales.data()), static_cast<float*>(offsets.data()));
           },
           "row"_a, "start"_a, "count"_a, "values"_a, "packs"_a, "scales"_a, "offsets"_a)
       .def(
           "write_packed",
-          [](KVStore& kv, int row, int start, int count, bool values, Plane packs, Plane scales, Plane offsets) {
-            kv.write_packed(row, start, count, values, static_cast<const uint32_t*>(packs.data()),
+          [](HeldStore& kv, int row, int start, int count, bool values, Plane packs, Plane scales, Plane offsets) {
+            kv.it->write_packed(row, start, count, values, static_cast<const uint32_t*>(packs.data()),
                             static_cast<const float*>(scales.data()), static_cast<const float*>(offsets.data()));
           },
           "row"_a, "start"_a, "count"_a, "values"_a, "packs"_a, "scales"_a, "offsets"_a)
       .def(
           "read",
-          [](const KVStore& kv, int row, int start, int count, bool values, Plane to) {
-            kv.read(row, start, count, values, static_cast<float*>(to.data()));
+          [](const HeldStore& kv, int row, int start, int count, bool values, Plane to) {
+            kv.it->read(row, start, count, values, static_cast<float*>(to.data()));
           },
           "row"_a, "start"_a, "count"_a, "values"_a, "to"_a)
       .def(
           "write",
-          [](KVStore& kv, int row, int start, int count, Plane keys, Plane values) {
-            kv.prepare(row, start, count);
-            for (int head = 0; head < kv.num_heads(); head++) {
-              const size_t at = static_cast<size_t>(head) * count * kv.head_dim();
-              kernels().append(kv, row, head, start, count, static_cast<const float*>(keys.data()) + at,
-                               static_cast<const float*>(values.data()) + at, kv.head_dim());
+          [](HeldStore& kv, int row, int start, int count, Plane keys, Plane values) {
+            kv.it->prepare(row, start, count);
+            for (int head = 0; head < kv.it->num_heads(); head++) {
+              const size_t at = static_cast<size_t>(head) * count * kv.it->head_dim();
+              kernels().append(*kv.it, row, head, start, count, static_cast<const float*>(keys.data()) + at,
+                               static_cast<const float*>(values.data()) + at, kv.it->head_dim());
             }
           },
           "row"_a, "start"_a, "count"_a, "keys"_a, "values"_a);
@@ -382,6 +451,7 @@ NB_MODULE(_cpu, m) {
   nb::module_::import_("mlx.core");
   bind_records(m);
   bind_layers(m);
+  bind_store(m);
   m.def("pack", &run_pack, "sizes"_a, "packs"_a, "scales"_a, "offsets"_a.none(), "to"_a);
   m.def("linear", &run_linear, "x"_a, "weight"_a, "precision"_a);
   m.def("attention_block", &run_attention, "x"_a, "layer"_a, "kv"_a, "ticket"_a.none(), "step"_a, "precision"_a);

@@ -4,7 +4,6 @@ import os
 import sys
 from functools import cache
 from importlib import import_module
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,9 +35,7 @@ def missing_native_part() -> str | None:
     """What this installation lacks because it was built without a compiler, or None. macOS needs no native part."""
     if sys.platform == "darwin":
         return None
-    try:
-        files("mlx_edge._native")
-    except ModuleNotFoundError:
+    if find_spec("mlx_edge._native") is None:
         return (
             "mlx_edge was installed without its native CPU part (no C++ compiler, or its build failed); "
             "it runs on plain MLX ops. Install g++ and cmake, then install mlx_edge again"

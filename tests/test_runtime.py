@@ -14,10 +14,7 @@ def test_floats_become_float32_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_installation_without_a_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_nothing(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(runtime, "files", find_nothing)
+    monkeypatch.setattr(runtime, "find_spec", lambda _name: None)
     monkeypatch.setattr(runtime.sys, "platform", "linux")
     assert "without its native CPU part" in (runtime.missing_native_part() or "")
     monkeypatch.setattr(runtime.sys, "platform", "darwin")

@@ -21,14 +21,19 @@ class Operands:
 
     arrays: tuple[mx.array, ...]  # each once
     caches: tuple[Any, ...]
+    weights: tuple[
+        Any, ...
+    ] = ()  # in a layout of their own, which say how large they are: `weight_bytes`
 
     @staticmethod
     def of(*values: object) -> "Operands":
         """All arrays and caches among the values, in records and sequences too."""
         found = list(_walk(values))
         arrays = {id(value): value for value in found if isinstance(value, mx.array)}
-        caches = {id(value): value for value in found if not isinstance(value, mx.array)}
-        return Operands(tuple(arrays.values()), tuple(caches.values()))
+        others = {id(value): value for value in found if not isinstance(value, mx.array)}
+        weights = [value for value in others.values() if hasattr(value, "weight_bytes")]
+        caches = [value for value in others.values() if not hasattr(value, "weight_bytes")]
+        return Operands(tuple(arrays.values()), tuple(caches), tuple(weights))
 
     @property
     def stored_bytes(self) -> int:
@@ -50,6 +55,8 @@ def _walk(value: object) -> Iterator[object]:
         yield value
     elif isinstance(value, str | bytes | int | float | None):
         return
+    elif hasattr(value, "weight_bytes"):
+        yield value
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from _walk(getattr(value, field.name))
@@ -66,12 +73,14 @@ def bytes_moved(op: str, operands: Operands, results: Operands, stored_before: i
     """Bytes read and written by a call that has run; `stored_before` is what its caches held before it."""
     stored = operands.stored_bytes
     written = sum(array.nbytes for array in results.arrays) + max(0, stored - stored_before)
-    return _bytes_read(op, operands.arrays) + stored + written
+    return _bytes_read(op, operands) + stored + written
 
 
-def _bytes_read(op: str, arrays: Sequence[mx.array]) -> int:
+def _bytes_read(op: str, operands: Operands) -> int:
+    arrays = operands.arrays
+    sizes = [(array.shape, array.nbytes) for array in arrays]
+    sizes += [(weight.shape, weight.weight_bytes) for weight in operands.weights]
     if op not in GATHERS or not arrays:
-        return sum(array.nbytes for array in arrays)
-    numbers, *tables = arrays
-    rows = [min(numbers.size, t.shape[0]) * (t.nbytes // max(1, t.shape[0])) for t in tables]
-    return numbers.nbytes + sum(rows)
+        return sum(num_bytes for _, num_bytes in sizes)
+    rows = [min(arrays[0].size, shape[0]) * (size // max(1, shape[0])) for shape, size in sizes[1:]]
+    return arrays[0].nbytes + sum(rows)

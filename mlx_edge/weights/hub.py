@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Collection
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = ("pocket", "pocket-draft")
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = ("pocket", "pocket-draft")  # folders in it
 DEFAULT_MODEL = BUNDLED[0]
 
 # What is fetched, in the patterns of fnmatch, where * also matches a slash. No code, no pickles.
@@ -59,7 +59,7 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     if name in BUNDLED and not folder.exists():
         _refuse_revision(name, revision)
-        return Path(str(files("mlx_edge") / "assets" / name.replace("-", "_")))
+        return ASSETS / name.replace("-", "_")
     if name and folder.is_dir():
         _refuse_revision(name, revision)
         return folder

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import mmap
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -150,7 +149,7 @@ def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
 
 def _create_locked(path: Path) -> tuple[int, Path]:
     while True:
-        temporary = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        temporary = path.with_name(f"{path.stem}.{os.urandom(4).hex()}{TEMPORARY_SUFFIX}")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         with suppress(OSError):  # no locks on this file system: then nobody removes it, either
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -167,3 +167,10 @@ def test_a_peer_too_slow_for_the_same_numbers_counts_with_those_it_has() -> None
     )
     assert rate(rounds, "big", "prefill_", "mlx-lm").median == 300.0
     assert rate(rounds, "big", "decode_", "mlx-lm").median == 60.0
+
+
+@pytest.mark.parametrize(("again", "is_quiet"), [(29.0, True), (20.0, False)])
+def test_a_noisy_run_says_so(again: float, is_quiet: bool) -> None:
+    records = [record(0, OURS, decode_0=30.0), record(0, f"{OURS} again", decode_0=again)]
+    text = make_markdown(make_result(records, SHAPES, {"big": 1, "small": 1}, FACTS))
+    assert ("not quiet" in text) is not is_quiet
