@@ -72,11 +72,27 @@ class Reservation {
   size_t num_bytes_;
 };
 
+constexpr size_t LARGE = size_t{1} << 20;
+
+bool knows_layout() {
+  static const bool is_known = has_size_word();
+  return is_known;
+}
+
 }  // namespace
 
+mx::allocator::Data allocate(size_t num_bytes) {
+  if (num_bytes < LARGE || !knows_layout()) return mx::allocator::malloc(num_bytes);
+  const size_t page = sysconf(_SC_PAGESIZE), reserved_bytes = page + num_bytes;
+  void* start = mmap(nullptr, reserved_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return mx::allocator::malloc(num_bytes);
+  std::byte* const word = static_cast<std::byte*>(start) + page - sizeof(size_t);
+  std::memcpy(word, &num_bytes, sizeof(num_bytes));
+  return {mx::allocator::Buffer(word), [start, reserved_bytes](mx::allocator::Buffer) { munmap(start, reserved_bytes); }};
+}
+
 mx::array adopt_pages(int descriptor, int64_t begin, int64_t num_bytes) {
-  static const bool is_known = has_size_word();
-  require(is_known, "the installed MLX lays out its memory in another way");
+  require(knows_layout(), "the installed MLX lays out its memory in another way");
   const int64_t page = sysconf(_SC_PAGESIZE);
   require(begin >= 0 && begin % page == 0 && num_bytes > 0 && num_bytes % page == 0, "they are not whole pages");
   require(num_bytes / 4 <= std::numeric_limits<int>::max(), "MLX counts elements in 32 bits");

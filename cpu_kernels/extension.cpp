@@ -9,6 +9,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <malloc.h>
+
 #include <mutex>
 #include <stdexcept>
 #include <utility>
@@ -58,7 +60,7 @@ class EdgeOp : public mx::Primitive {
     Pointers in, out;
     for (const mx::array& input : inputs) in.push_back(const_cast<char*>(input.data<char>()));
     for (mx::array& output : outputs) {
-      output.set_data(mx::allocator::malloc(output.nbytes()));
+      output.set_data(allocate(output.nbytes()));
       out.push_back(output.data<char>());
     }
     mx::cpu::get_command_encoder(stream()).dispatch(
@@ -467,6 +469,12 @@ NB_MODULE(_cpu, m) {
   m.def("adopt_pages", &adopt_pages, "descriptor"_a, "begin"_a, "num_bytes"_a);
   m.def("connect_blas", &connect_blas, "libmlx"_a, "openblas"_a);
   m.def("blas_products", &blas_products);
+  // What was freed goes back to the system: a tokenizer's loading leaves tens of megabytes.
+  m.def("trim_memory", [] {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+  });
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("num_threads", [] { return Pool::of_process().num_threads(); });
   m.def("set_threads", &set_threads, "num_threads"_a);

@@ -51,7 +51,7 @@ class Decoder:
         """Logits (B, L, V) of the int32 tokens (B, L) that follow what the cache holds; they are stored in it.
 
         `lengths` says how many tokens of each row are real; the others are padding on the right, are not stored,
-        and have logits without meaning. `logits_to_keep` computes those of the last columns alone: (B, logits_to_keep, V).
+        and have logits without meaning. `logits_to_keep` asks for those of the last columns alone.
         """
         if cache is None:
             cache = self.make_cache()

@@ -17,6 +17,7 @@ from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, find_arrays
 from mlx_edge.models.interface import LanguageModel, ModelLimits
 from mlx_edge.models.packing import Packer
+from mlx_edge.ops.cpu import trim_memory
 from mlx_edge.runtime import connect_blas, convert_float, missing_native_part
 from mlx_edge.text import Tokenizer, load_tokenizer
 from mlx_edge.weights import Checkpoint
@@ -107,6 +108,11 @@ def load(
     """
     if bridge is not None and bridge not in BRIDGES:
         raise InvalidRequestError(f"bridge is {bridge!r}, expected {' or '.join(BRIDGES)}")
+    if bridge is not None and (precision, use_mmap, mlock) != ("int8", True, False):
+        raise InvalidRequestError(
+            "precision, use_mmap and mlock are for models that are defined here; "
+            f"{bridge} loads its weights in its own way"
+        )
     notice = missing_native_part()
     if notice:
         logger.warning(notice)
@@ -115,10 +121,13 @@ def load(
     folder = find_model(str(path_or_hf_repo), revision=revision)
     model: LanguageModel[Any]
     if bridge is None:
+        ModelConfig.from_folder(folder)  # what is wrong with a folder is told in this order
+        tokenizer = load_tokenizer(folder)
+        trim_memory()  # before the weights are mapped, so that the two never add up
         model = load_model(folder, lazy=lazy, precision=precision, use_mmap=use_mmap, mlock=mlock)
     else:
         model = load_bridged(folder, lazy=lazy)
-    tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     return (model, tokenizer, model.config) if return_config else (model, tokenizer)
 
 

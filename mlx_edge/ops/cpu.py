@@ -83,6 +83,13 @@ def describe() -> str:
     return f"{ext.instruction_set()}, {ext.num_threads()} threads"
 
 
+def trim_memory() -> None:
+    """Give back to the system what was freed, where the kernels are here to do so."""
+    found = find_extension()
+    if not isinstance(found, str):
+        found.trim_memory()
+
+
 class _Layers:
     """The kernels' records of weights, made at their first use and dropped with them."""
 

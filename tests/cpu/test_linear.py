@@ -1,7 +1,7 @@
-"""The matmul kernels in C++, without MLX: under the sanitizers against doubles, and one instruction set against another.
+"""The matmul kernels in C++, without MLX: sanitized, against doubles, and instruction sets against each other.
 
-Each set is compiled by itself. AVX-512 and NEON run as plain C++ when SIMDe is there, and AVX-512 is compiled for the real
-machine everywhere.
+Each set is compiled by itself. AVX-512 and NEON run as plain C++ when SIMDe is there, and AVX-512 is compiled for the
+real machine everywhere.
 """
 
 import shutil
@@ -66,8 +66,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("isa", FLAGS)
 def test_products_meet_doubles(programs: Path, isa: str) -> None:
-    """Every width, group and scale type, dense rows, ragged sizes, rows alone and together, pieces in any order; the first
-    set that runs writes its results, the others must agree with them."""
+    """Every width, group and scale type, dense rows, ragged sizes, rows alone and together, pieces in any order.
+
+    The first set that runs writes its results, the others must agree with them.
+    """
     if reason := reason_to_skip(isa):
         pytest.skip(reason)
     call = [programs / isa, programs / "results"]

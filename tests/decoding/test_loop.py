@@ -121,15 +121,13 @@ def test_masks_are_made_while_the_forward_pass_runs(model: Decoder) -> None:
     class Recording:
         config, make_cache = model.config, model.make_cache
 
-        def __call__(self, *args: Any) -> mx.array:
+        def __call__(self, *args: Any, **options: Any) -> mx.array:
             constraint.events.append("forward")
             return model(*args)
 
     recording: Any = Recording()
     assert len(tokens_of(recording, constraint=constraint)) == 3
-    prefill, *steps = constraint.events
-    assert prefill == "forward"
-    assert steps == ["forward", "mask", "advance"] * 3
+    assert constraint.events == ["forward", "mask", "advance"] * 3
 
 
 def test_a_constraint_out_of_the_models_reach_is_an_error(model: Decoder) -> None:

@@ -325,7 +325,7 @@ class Chain:
             model_type="chain", vocab_size=len(logits), context_size=1 << 20
         )
 
-    def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: Any, *, logits_to_keep: int) -> mx.array:
         cache[0].offset += tokens.shape[1]
         return self.logits[tokens]
 

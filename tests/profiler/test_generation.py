@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_edge import load, make_sampler, stream_generate
+from mlx_edge import load, make_sampler, ops, stream_generate
+from mlx_edge.models.decoder import find_arrays, find_weights
 from mlx_edge.ops import select
 from mlx_edge.ops.select import observe
 from mlx_edge.profiler import OpProfile, Phases, Profiler, format_report, make_report
@@ -17,6 +18,7 @@ from tests.profiler.trace_reader import read_trace
 PROMPT = "Once upon a time there was a duck"
 TOKENS = 12
 BLOCKS = {"attention_block", "mlp_block"}
+CHOICE = {"log_softmax", "argmax"}
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +98,8 @@ def test_layers_are_told_apart(loaded: Any, observed: Any) -> None:
     num_layers = len(loaded[0].layers)
     for key, total in observed[1].totals().items():
         assert (key.layer is not None) == (key.op in BLOCKS)
-        assert key.phase in ("prefill", "decode")
-        # The prefill is two passes: the prompt but for its last token, and that one.
-        assert total.calls == (2 if key.phase == "prefill" else TOKENS - 1)
+        # The prompt is one pass, and every token after the first another.
+        assert total.calls == {"prefill": 1, "decode": TOKENS - 1, "sample": TOKENS}[key.phase]
     report = make_report(observed[0], ops=observed[1])
     layers = {(row.phase, row.layer): row for row in report.layers}
     assert set(layers) == {(p, n) for p in ("prefill", "decode") for n in range(num_layers)}
@@ -109,7 +110,8 @@ def test_layers_are_told_apart(loaded: Any, observed: Any) -> None:
 
 def test_bytes_of_a_layer_hold_its_weights(loaded: Any, observed: Any) -> None:
     mlp = loaded[0].layers[0].mlp
-    weights = sum(w.weight.nbytes for w in (mlp.gate, mlp.up, mlp.down)) + mlp.norm.weight.nbytes
+    weights = sum(w.weight_bytes for w in find_weights(mlp) if isinstance(w, ops.Packed))
+    weights += sum(array.nbytes for array in find_arrays(mlp))
     decode = {
         key.op: total.num_bytes / total.calls
         for key, total in observed[1].totals().items()
@@ -117,8 +119,14 @@ def test_bytes_of_a_layer_hold_its_weights(loaded: Any, observed: Any) -> None:
     }
     hidden = loaded[0].config.hidden_size * 4
     assert decode["mlp_block"] == weights + 2 * hidden
-    assert decode["embed"] == 4 + 2 * hidden
-    assert decode["head"] > loaded[0].config.vocab_size * hidden
+    row = sum(
+        w.weight_bytes // w.shape[0]
+        for w in find_weights(loaded[0].embedding)
+        if isinstance(w, ops.Packed)
+    )
+    row += sum(array.nbytes // array.shape[0] for array in find_arrays(loaded[0].embedding))
+    assert decode["embed"] == 4 + row + hidden
+    assert decode["head"] > loaded[0].config.vocab_size * row
 
 
 def test_the_report_and_the_trace_of_a_generation(
@@ -134,7 +142,7 @@ def test_the_report_and_the_trace_of_a_generation(
     watch.dump_trace(tmp_path / "trace.json")
     events = read_trace(tmp_path / "trace.json")
     ops_in_trace = [e for e in events if e["ph"] == "X" and e["cat"] == "op"]
-    assert {e["name"] for e in ops_in_trace} == {*BLOCKS, "embed", "head"}
+    assert {e["name"] for e in ops_in_trace} == {*BLOCKS, *CHOICE, "embed", "head"}
     assert all(e["args"]["bytes"] > 0 and e["args"]["backend"] for e in ops_in_trace)
     assert any(e["ph"] == "C" and e["args"]["active"] > 0 for e in events)
     assert text == "".join(response.text for response in plain(loaded))
