@@ -268,6 +268,11 @@ def print_profiled(run: Run, watch: "Profiler") -> None:
     cost = phases.compare(run.stream())
     roof = profiler.machine_bandwidth() if ops else None  # last, because it raises the peaks
     report = profiler.make_report(watch, ops=ops, bandwidth=roof, cost=cost)
+    if not args.bridge:
+        from mlx_edge.models.decoder import Decoder, describe_kernels
+
+        assert isinstance(run.model, Decoder)
+        print(f"Computed by {describe_kernels(run.model)}")
     print(profiler.format_report(report))
     if args.profile_out:
         watch.dump_trace(args.profile_out)

@@ -14,13 +14,14 @@ from mlx_edge import ops
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import Cache, LanguageModel
+from mlx_edge.ops.cpu import pass_cost
 
 MAX_DRAFT_TOKENS = 15  # with the token before them 16 rows, which small-batch kernels still serve
 NUM_DRAFT_TOKENS = 3  # of a draft model, as in mlx-lm
 MAX_PADDING = 128  # rows by which the vocabularies of one tokenizer's models may differ
 
-# What a forward pass of n rows costs in passes of one row, about: measured on the CPU kernels, where 8 rows cost
-# 1.8 to 1.9. The constant part is also what it costs that no such step can begin before its tokens are known.
+WAITING_COST = 0.03  # of a pass: a step with drafts cannot begin before its tokens are known
+# Where the CPU kernels have not measured what n rows cost: an estimate for a GPU, in passes of one row.
 PASS_COST, ROW_COST = 1.2, 0.095
 
 MIN_KEY, MAX_KEY = 2, 4  # tokens that a place is found by
@@ -67,6 +68,7 @@ class PromptLookup:
 
     def __init__(self, max_draft_tokens: int = MAX_DRAFT_TOKENS) -> None:
         self._max_draft_tokens = max_draft_tokens
+        self._costs = [_draft_cost(length) for length in range(MAX_DRAFT_TOKENS + 1)]
         self._tokens: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}  # where the newest such tokens end
         self._place: int | None = None  # the token that followed then, and may follow now
@@ -138,10 +140,17 @@ class PromptLookup:
         for length in range(1, limit + 1):
             chance *= self._hit_rates[min(self._match + length - 1, MAX_MATCH)]
             num_tokens += chance
-            gain = num_tokens / (PASS_COST + ROW_COST * length)
+            gain = num_tokens / self._costs[length]
             if gain > best_gain:
                 best_length, best_gain = length, gain
         return best_length
+
+
+def _draft_cost(length: int) -> float:
+    """What a pass costs that verifies so many drafts, in passes of one row."""
+    if ops.uses_cpu_kernels():
+        return pass_cost(1 + length) + WAITING_COST
+    return PASS_COST + ROW_COST * length
 
 
 class DraftModel(Generic[Cache]):

@@ -15,6 +15,7 @@ from mlx_edge.cache import MAX_HEAD_DIM, AnyKVCache, KVCache, PagedKVCache, RowF
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.ops import uses_cpu_kernels
+from mlx_edge.ops.cpu import describe as describe_cpu
 from mlx_edge.weights import Checkpoint, LoadReport
 
 KEPT_PREFIX = 4  # positions that a cache of limited size never drops, as in mlx-lm
@@ -116,6 +117,19 @@ class Decoder:
             return KVCache(capacity=capacity, **options)
 
         return [make(layer.attention) for layer in self.layers]
+
+
+def describe_kernels(model: Decoder) -> str:
+    """What computes this model, in words."""
+    packed = [weight for weight in find_weights(model) if isinstance(weight, ops.Packed)]
+    if not packed or not uses_cpu_kernels():
+        return "plain MLX ops"
+    parts = [f"CPU kernels ({describe_cpu()})"]
+    for precision in sorted({weight.precision for weight in packed if weight.is_quantized}):
+        parts.append(f"{precision} activations for quantized weights")
+    caches = {cache.dtype for cache in model.make_cache() if isinstance(cache, PagedKVCache)}
+    parts += [f"keys and values in {str(dtype).removeprefix('mlx.core.')}" for dtype in caches]
+    return ", ".join(parts)
 
 
 def find_arrays(part: object) -> Iterator[mx.array]:

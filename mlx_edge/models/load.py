@@ -17,8 +17,9 @@ from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, find_arrays
 from mlx_edge.models.interface import LanguageModel, ModelLimits
 from mlx_edge.models.packing import Packer
-from mlx_edge.ops.cpu import trim_memory
-from mlx_edge.runtime import connect_blas, convert_float, missing_native_part
+from mlx_edge.ops.cpu import has_cpu_only, trim_memory
+from mlx_edge.ops.cpu import missing as find_missing
+from mlx_edge.runtime import connect_blas, convert_float
 from mlx_edge.text import Tokenizer, load_tokenizer
 from mlx_edge.weights import Checkpoint
 from mlx_edge.weights.hub import DEFAULT_MODEL, find_model
@@ -113,9 +114,8 @@ def load(
             "precision, use_mmap and mlock are for models that are defined here; "
             f"{bridge} loads its weights in its own way"
         )
-    notice = missing_native_part()
-    if notice:
-        logger.warning(notice)
+    if has_cpu_only() and (lacking := find_missing()):
+        logger.warning(f"runs on plain MLX ops, which are slow on a CPU: {lacking}")
     if reason := connect_blas():
         logger.info(reason)
     folder = find_model(str(path_or_hf_repo), revision=revision)

@@ -83,6 +83,7 @@ class Packer:
             extension().Weight(sizes, memory, numbers),
             (sizes.rows, sizes.columns),
             sizes.num_bytes,
+            layer in self._sizes,
             self._precision,
             restore,
         )
@@ -153,6 +154,7 @@ def pack_weight(
         extension().Weight(sizes, memory, numbers),
         (rows, columns),
         sizes.num_bytes,
+        isinstance(weights, ops.Quantized),
         precision,
         lambda: weights,
     )

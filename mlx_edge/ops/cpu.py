@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -50,6 +51,7 @@ def find_extension() -> Any:
     except ImportError as error:
         return f"it does not fit the installed mlx {_mlx_version()} ({error}); {INSTALL_AGAIN}"
     try:
+        _cpu.instruction_set()  # raises for a name that cannot run here
         mx.eval(_cpu.argmax(mx.array([0.0, 1.0])))
     except TypeError:
         return f"it does not know the arrays of the installed mlx {_mlx_version()}; {INSTALL_AGAIN}"
@@ -69,6 +71,11 @@ def extension() -> Any:
     return find_extension()
 
 
+def has_cpu_only() -> bool:
+    """Whether this is a machine that the kernels are made for: no macOS, and no GPU that MLX would use."""
+    return sys.platform != "darwin" and mx.default_device().type != mx.DeviceType.gpu
+
+
 def missing() -> str | None:
     """What this machine lacks for the CPU kernels, or None."""
     if mx.default_device().type == mx.DeviceType.gpu:
@@ -81,6 +88,24 @@ def describe() -> str:
     """Instruction set and threads, for a report."""
     ext = extension()
     return f"{ext.instruction_set()}, {ext.num_threads()} threads"
+
+
+# A pass of a 1B model over some rows, in passes over one row: medians on two cores (bench/LOG.md), in between on lines.
+# Without VNNI eight rows are no longer a matter of memory alone.
+PASS_COSTS = {
+    "avx512": ((1, 1.0), (8, 1.9), (16, 3.0)),
+    "avx2": ((1, 1.0), (3, 1.17), (4, 1.44), (5, 1.93), (8, 2.72), (16, 4.95)),
+}
+SLOW_PASS_COSTS = ((1, 1.0), (16, 16.0))  # products that take as long for each row
+
+
+def pass_cost(num_rows: int) -> float:
+    """What a pass over so many rows of one sequence costs, in passes over one row; rows from 1 to 16."""
+    points = PASS_COSTS.get(extension().instruction_set(), SLOW_PASS_COSTS)
+    for (rows, cost), (more_rows, more_cost) in pairwise(points):
+        if num_rows <= more_rows:
+            return cost + (more_cost - cost) * (num_rows - rows) / (more_rows - rows)
+    return points[-1][1]
 
 
 def trim_memory() -> None:

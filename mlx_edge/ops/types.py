@@ -58,7 +58,8 @@ class Packed:
     handle: Any  # the kernels' own record
     shape: tuple[int, int]  # (N, E)
     weight_bytes: int  # that one pass reads
-    precision: Precision
+    is_quantized: bool
+    precision: Precision  # of the activations, where the weight is quantized
     restore: Callable[[], Dense | Quantized] = field(repr=False)
 
 
