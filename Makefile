@@ -35,13 +35,13 @@ dist: .venv/.installed-dev  ## wheel and source archive in dist/
 	@echo "Installing mlx_edge into .venv (a minute the first time) ..."
 	@$(PIP) --editable . && touch $@
 
-.venv/.installed-test: .venv/.installed
-	@echo "Installing what the tests need ..."
-	@$(PIP) --editable '.[test]' && touch $@
+.venv/.installed-test: .venv/bin/python $(INPUTS)
+	@echo "Installing mlx_edge and what its tests need into .venv (two minutes the first time) ..."
+	@$(PIP) --editable '.[test]' && touch .venv/.installed $@
 
-.venv/.installed-dev: .venv/.installed-test
-	@echo "Installing the developers' tools ..."
-	@$(PIP) --editable '.[test,dev]' && touch $@
+.venv/.installed-dev: .venv/bin/python $(INPUTS)
+	@echo "Installing mlx_edge, its tests' needs and the developers' tools into .venv ..."
+	@$(PIP) --editable '.[test,dev]' && touch .venv/.installed .venv/.installed-test $@
 
 clean:
 	rm -rf .venv build dist

@@ -42,13 +42,16 @@ void require_call(bool succeeded, const char* call) {
   }
 }
 
+constexpr size_t LARGE = size_t{1} << 20;
+
 // Whether a buffer of the installed MLX is a size word and, right behind it, the data.
 bool has_size_word() {
   constexpr size_t num_bytes = 24;
   const mx::allocator::Data data = mx::allocator::malloc(num_bytes);
   mx::allocator::Buffer buffer = data.buffer();
   const auto* word = static_cast<const size_t*>(buffer.ptr());
-  return word && static_cast<const void*>(word + 1) == buffer.raw_ptr() && *word == num_bytes;
+  // A buffer that was used before may be larger.
+  return word && static_cast<const void*>(word + 1) == buffer.raw_ptr() && *word >= num_bytes && *word < LARGE;
 }
 
 // Address space, given back unless it was released to somebody else.
@@ -71,8 +74,6 @@ class Reservation {
   void* begin_;
   size_t num_bytes_;
 };
-
-constexpr size_t LARGE = size_t{1} << 20;
 
 bool knows_layout() {
   static const bool is_known = has_size_word();
