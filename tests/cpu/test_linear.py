@@ -20,7 +20,7 @@ SANITIZED = [
     *("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     *("--param", "asan-instrumentation-with-call-threshold=0"),
 ]
-# One set has the sanitizers here; AVX2's products go through them in test_blocks.py. All of it takes minutes to compile.
+# One set has the sanitizers here, AVX2's products in test_blocks.py: all of it would take minutes to compile.
 FLAGS = {
     "scalar": SANITIZED,
     "avx2": ["-DMLX_EDGE_AVX2", "-mavx2", "-mfma", "-mf16c"],
