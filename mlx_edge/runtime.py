@@ -72,5 +72,12 @@ def connect_blas() -> str | None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory that MLX held at once in this process, in 10^9 bytes."""
-    return mx.get_peak_memory() / 1e9
+    """The most memory that was held at once, in 10^9 bytes: MLX's on a GPU, else the whole process's.
+
+    The CPU kernels' weights and caches are not MLX's; mapped pages that were read count as held.
+    """
+    if has_gpu():
+        return mx.get_peak_memory() / 1e9
+    from resource import RUSAGE_SELF, getrusage
+
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -18,7 +18,6 @@ from mlx_edge.cache import KVCache, PagedKVCache
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE, generate_step
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Decoder
-from mlx_edge.runtime import peak_memory_gb
 
 SEED = 0
 AnyCache = KVCache | PagedKVCache
@@ -113,7 +112,7 @@ class Trials:
             ttft_ms=1e3 * (first - start),
             tpot_ms=1e3 * (end - first) / following,
             total_s=end - start,
-            peak_memory=peak_memory_gb(),
+            peak_memory=mx.get_peak_memory() / 1e9,
         )
 
     def step_bytes(self) -> float:
