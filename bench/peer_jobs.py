@@ -18,7 +18,7 @@ from bench.peer_summary import AGAIN, LLAMA, MLXLM, OPENVINO, OURS
 TEXTS = ("code_edit", "json_list", "prose")
 IR = {"gguf": "Q4_0 by its GGUF reader", "int4": "INT4 as exported"}
 REPACK = {True: "repack", False: "no repack"}
-LONG_ROUNDS = 5  # of a run with more rounds, that many have the long prompts and deep contexts
+LONG_ROUNDS = 2  # of a run, that many have the long prompts and deep contexts: 16 minutes each on two slow cores
 
 
 @dataclass(frozen=True)
