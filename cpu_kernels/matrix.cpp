@@ -87,6 +87,7 @@ size_t group_bytes(const Matrix& w) {
 }
 
 size_t packed_bytes(const Matrix& w) {
+  if (w.format == Format::dense) return static_cast<size_t>(w.rows) * w.columns * float_size(w.float_type);
   return static_cast<size_t>(num_blocks(w)) * (w.columns / w.group_size) * group_bytes(w);
 }
 

@@ -34,7 +34,7 @@ constexpr uint8_t MXFP4_TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10,
 // Blocks that a matrix's work is shared out in: ROWS rows each, the last one may be ragged.
 inline int num_blocks(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
 
-// Bytes of one group of a block, and of the whole packed matrix.
+// Bytes of one group of a block, and of all that `data` points to: the packed matrix, or a dense one's rows.
 size_t group_bytes(const Matrix& w);
 size_t packed_bytes(const Matrix& w);
 

@@ -19,12 +19,6 @@ using namespace nb::literals;
 namespace mlx_edge {
 namespace {
 
-// Bytes of a weight as the kernels read it.
-size_t weight_bytes(const Matrix& w) {
-  if (w.format != Format::dense) return packed_bytes(w);
-  return static_cast<size_t>(w.rows) * w.columns * float_size(w.float_type);
-}
-
 // A Python buffer of at least `size` bytes, for as long as this lives.
 class Bytes {
  public:
@@ -124,7 +118,7 @@ void bind_weights(nb::module_& m) {
           "format"_a, "rows"_a, "columns"_a, "bits"_a = 0, "group_size"_a = 0, "float_type"_a = Float::f32)
       .def_ro("rows", &Matrix::rows)
       .def_ro("columns", &Matrix::columns)
-      .def_prop_ro("num_bytes", &weight_bytes)
+      .def_prop_ro("num_bytes", &packed_bytes)
       .def_prop_ro("refusal", [](const Matrix& w) -> std::optional<std::string> {
         const char* reason = refuse(w);
         return reason ? std::optional<std::string>(reason) : std::nullopt;
@@ -136,7 +130,7 @@ void bind_weights(nb::module_& m) {
             if (const char* reason = refuse(sizes)) throw std::invalid_argument(reason);
             if (!bias.empty() && bias.size() != static_cast<size_t>(sizes.rows))
               throw std::invalid_argument("bias: expected one number a row");
-            auto bytes = share(memory, weight_bytes(sizes), "weight");
+            auto bytes = share(memory, packed_bytes(sizes), "weight");
             Matrix matrix = sizes;
             matrix.data = bytes->data();
             new (self) HeldWeight{std::make_shared<const Weight>(Weight{matrix, std::move(bias), std::move(bytes)})};

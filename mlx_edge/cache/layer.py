@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
-from mlx_edge.cache.rows import FloatRows, Planes, Row, RowFormat, join, make_room, take, write
-from mlx_edge.cache.saved import PARTS, CacheFacts, CacheState
+from mlx_edge.cache.lengths import TAIL, CacheLengths
+from mlx_edge.cache.rows import Planes, Row, RowFormat, join, make_room, take, write
+from mlx_edge.cache.saved import PARTS, CacheState
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import Segment, StepMeta
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:  # slow to import, and not needed where the CPU kernels have t
     import numpy as np
     from numpy.typing import NDArray
 
-TAIL = 32  # positions; a tail begins at a multiple of it, and a longer step is a chunk
 GROWTH = 256  # positions; the capacity of a body without a window is a multiple of it
 
 
@@ -36,7 +36,7 @@ class BodyWriter(Protocol):
         """Whether the next step begins by writing what steps in flight may read."""
 
 
-class KVCache:
+class KVCache(CacheLengths):
     """Keys and values of one layer: all of them, or those in a window."""
 
     def __init__(
@@ -50,18 +50,12 @@ class KVCache:
     ) -> None:
         """Room for `capacity` positions is allocated at once; `window` is how many a query sees, the first `keep`
         not counted; rows are floats until `float_until` positions are stored, then in `row_format`."""
-        self.window = window
-        self.keep = keep if window is not None else 0
+        super().__init__(window=window, keep=keep, row_format=row_format, float_until=float_until)
         self.num_growths = 0  # how often the body was re-allocated because it was too short
         self._capacity = capacity
-        # Rows stay floats until `float_until` positions are stored; then all take the format at once.
-        self._wanted_format = row_format or FloatRows()
-        self._float_until = float_until
-        self.row_format: RowFormat = FloatRows() if float_until else self._wanted_format
         # Beside the window's past, one tail: positions may be forgotten across a merge.
         self._ring = None if window is None else -(-(window - 1) // TAIL) * TAIL + TAIL
-        # Per row of the batch: positions stored, and those of them that lie in the body, before the tail's first.
-        self._offsets: tuple[int, ...] = ()
+        # Per row of the batch: positions that lie in the body, before the tail's first.
         self._tail_starts: tuple[int, ...] = ()
         self._oldest: tuple[int, ...] = ()  # the first that the body still has: a ring overwrites
         self._body: Planes = ()
@@ -69,16 +63,6 @@ class KVCache:
         self._prefix: Planes = ()
         self._chunk: Planes = ()  # a long step's rows, not yet merged; the tail ends where they start
         self._chunk_starts: tuple[int, ...] = ()
-
-    @property
-    def offset(self) -> int:
-        """Positions stored, in the longest row."""
-        return max(self._offsets, default=0)
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Positions stored in each row of the batch; empty before the first step."""
-        return self._offsets
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -98,12 +82,6 @@ class KVCache:
         held = (o if limit is None else min(o, limit) for o in self._offsets)
         return per_position * sum(held)
 
-    @property
-    def num_trimmable(self) -> int:
-        """How many positions the next step may bring that `trim` could make as if they had never come."""
-        until_packed = self._float_until - self.offset
-        return min(TAIL, until_packed) if until_packed > 0 and self._gets_packed else TAIL
-
     def reserve(self, capacity: int) -> None:
         """Let the body hold `capacity` positions, as far as its window goes, when it is next allocated or grown."""
         self._capacity = max(self._capacity, capacity)
@@ -119,11 +97,7 @@ class KVCache:
 
         Raises: InvalidRequestError when the positions do not follow those stored.
         """
-        starts = self._offsets or (0,) * len(meta.starts)
-        if meta.starts != starts:
-            raise InvalidRequestError(
-                f"a step of rows from positions {meta.starts} does not follow the {starts} that are stored"
-            )
+        starts = self._starts_of(meta)
         if self.writes_body:
             lengths = zip(starts, meta.lengths, strict=True)
             self._merge(tuple(_merged(start + min(length, 1)) for start, length in lengths))
@@ -151,12 +125,7 @@ class KVCache:
 
         Raises: InvalidRequestError for what cannot be forgotten; the cache stays as it was.
         """
-        counts = (count,) * len(self._offsets) if isinstance(count, int) else tuple(count)
-        offsets = tuple(o - c for o, c in zip(self._offsets, counts, strict=True))
-        if min(counts, default=0) < 0 or min(offsets, default=0) < 0:
-            raise InvalidRequestError(
-                f"{count} positions cannot be forgotten; {self._offsets} are stored"
-            )
+        offsets = self._offsets_without(count)
         if any(o < s for o, s in zip(offsets, self._chunk_starts, strict=bool(self._chunk))):
             self._settle()
         self._check_trim(offsets)
@@ -179,11 +148,7 @@ class KVCache:
             {part: take(held[part], 0, n, row) for part, n in self.held_slots(offset).items() if n}
             for row, offset in enumerate(self._offsets)
         )
-        is_float = self.row_format == FloatRows()
-        facts = CacheFacts(
-            self.window, self.keep, self._wanted_format, self._float_until, is_float, self._offsets
-        )
-        return CacheState(facts, rows)
+        return CacheState(self._facts(), rows)
 
     @staticmethod
     def from_state(state: CacheState) -> "KVCache":
@@ -217,10 +182,6 @@ class KVCache:
         body = merged if self._ring is None else min(merged, self._ring)
         return {"prefix": min(self.keep, offset), "body": body, "tail": offset - merged}
 
-    @property
-    def _gets_packed(self) -> bool:
-        return self._wanted_format != FloatRows()
-
     def _check_trim(self, offsets: tuple[int, ...]) -> None:
         """Refuse what a ring no longer holds, and floats that are packed by now."""
         for start, oldest, offset in zip(self._tail_starts, self._oldest, offsets, strict=True):
@@ -230,12 +191,7 @@ class KVCache:
                     f"a cache with a window of {self.window} cannot go back to position {offset}: "
                     f"it holds those from {oldest}; process the text anew"
                 )
-        is_packed = self._gets_packed and self.row_format == self._wanted_format
-        if is_packed and max(offsets, default=0) < self._float_until <= self.offset:
-            raise InvalidRequestError(
-                f"the cache is packed from position {self._float_until} on and cannot go back to "
-                f"{max(offsets)}, where rows were floats; process the text anew"
-            )
+        self._check_format_at(offsets)
 
     def _settle(self) -> None:
         """Merge what can be merged, as the next step would begin by doing. Waits for steps in flight."""
@@ -244,10 +200,9 @@ class KVCache:
 
     def _convert(self) -> None:
         """Give all rows the wanted format, once enough of them are stored."""
-        wanted = self._wanted_format
-        if self.row_format == wanted or self.offset < self._float_until:
+        if not self._is_due:
             return
-        self.row_format = wanted
+        wanted = self.row_format = self._wanted_format
         self._body, self._tail, self._prefix = (
             wanted.encode(planes[0]) if planes else ()
             for planes in (self._body, self._tail, self._prefix)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_edge.cache.layer import TAIL, KVCache
+from mlx_edge.cache.layer import KVCache
+from mlx_edge.cache.lengths import TAIL, CacheLengths
 from mlx_edge.cache.quantized import QuantizedRows
-from mlx_edge.cache.rows import FloatRows, Planes, RowFormat
-from mlx_edge.cache.saved import CacheFacts, CacheState
+from mlx_edge.cache.rows import Planes, RowFormat
+from mlx_edge.cache.saved import CacheState
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import Segment, StepMeta
 from mlx_edge.ops.cpu import extension, make_step
@@ -28,7 +29,7 @@ MAX_HEAD_DIM = 256  # the largest that the kernels serve
 Runs = list[tuple[int, int]]
 
 
-class PagedKVCache:
+class PagedKVCache(CacheLengths):
     """Keys and values of one layer in the CPU kernels' store: all of them, or those in a window."""
 
     def __init__(
@@ -41,27 +42,12 @@ class PagedKVCache:
         float_until: int = 0,
     ) -> None:
         """`dtype` is that of float rows, float16 or float32; the rest as for `KVCache`."""
+        super().__init__(window=window, keep=keep, row_format=row_format, float_until=float_until)
         self.dtype = dtype
-        self.window = window
-        self.keep = keep if window is not None else 0
         self.ticket: mx.array | None = None
-        self._wanted_format = row_format or FloatRows()
-        self._float_until = float_until
-        self.row_format: RowFormat = FloatRows() if float_until else self._wanted_format
-        self._offsets: tuple[int, ...] = ()
         self._latest: tuple[int, ...] = ()  # where the furthest step of each row began
         self._store: Any = None
         self._sizes = (0, 0)  # kv heads, head dim
-
-    @property
-    def offset(self) -> int:
-        """Positions stored, in the longest row."""
-        return max(self._offsets, default=0)
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Positions stored in each row of the batch; empty before the first step."""
-        return self._offsets
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -84,12 +70,6 @@ class PagedKVCache:
         return 2 * heads * row_bytes * sum(sum(n for _, n in self._held(o)) for o in self._offsets)
 
     @property
-    def num_trimmable(self) -> int:
-        """How many positions the next step may bring that `trim` could make as if they had never come."""
-        until_packed = self._float_until - self.offset
-        return min(TAIL, until_packed) if until_packed > 0 and self._gets_packed else TAIL
-
-    @property
     def writes_body(self) -> bool:
         """False: no step waits for those in flight, since all of them run in order."""
         return False
@@ -102,11 +82,7 @@ class PagedKVCache:
 
         Raises: InvalidRequestError when the positions do not follow those stored.
         """
-        starts = self._offsets or (0,) * len(meta.starts)
-        if meta.starts != starts:
-            raise InvalidRequestError(
-                f"a step of rows from positions {meta.starts} does not follow the {starts} that are stored"
-            )
+        starts = self._starts_of(meta)
         if self._store is None:
             self._sizes = (num_heads, head_dim)
             self._offsets = starts
@@ -137,12 +113,7 @@ class PagedKVCache:
 
         Raises: InvalidRequestError for what cannot be forgotten; the cache stays as it was.
         """
-        counts = (count,) * len(self._offsets) if isinstance(count, int) else tuple(count)
-        offsets = tuple(o - c for o, c in zip(self._offsets, counts, strict=True))
-        if min(counts, default=0) < 0 or min(offsets, default=0) < 0:
-            raise InvalidRequestError(
-                f"{count} positions cannot be forgotten; {self._offsets} are stored"
-            )
+        offsets = self._offsets_without(count)
         for offset, latest in zip(offsets, self._latest, strict=True):
             # The store gives back what lies a page and more before the window of a step's first query.
             if self.window is not None and offset < latest - PAGE and latest >= self.window + PAGE:
@@ -150,21 +121,12 @@ class PagedKVCache:
                     f"a cache with a window of {self.window} cannot go back to position {offset}: "
                     f"a step began at {latest}; process the text anew"
                 )
-        is_packed = self._gets_packed and self.row_format == self._wanted_format
-        if is_packed and max(offsets, default=0) < self._float_until <= self.offset:
-            raise InvalidRequestError(
-                f"the cache is packed from position {self._float_until} on and cannot go back to "
-                f"{max(offsets)}, where rows were floats; process the text anew"
-            )
+        self._check_format_at(offsets)
         self._offsets = offsets
 
     def state(self) -> CacheState:
         """What is held, to be stored; the cache goes on as if nobody had asked. Waits for steps in flight."""
         self._settle()
-        is_float = self.row_format == FloatRows()
-        facts = CacheFacts(
-            self.window, self.keep, self._wanted_format, self._float_until, is_float, self._offsets
-        )
         rows = tuple(
             {
                 part: self._read_slots(row, slots)
@@ -173,7 +135,7 @@ class PagedKVCache:
             }
             for row, offset in enumerate(self._offsets)
         )
-        return CacheState(facts, rows)
+        return CacheState(self._facts(), rows)
 
     @staticmethod
     def from_state(state: CacheState) -> "PagedKVCache":
@@ -200,10 +162,6 @@ class PagedKVCache:
                     cache._write_slots(row, slots, state.rows[row][part])
         return cache
 
-    @property
-    def _gets_packed(self) -> bool:
-        return self._wanted_format != FloatRows()
-
     def _settle(self) -> None:
         """Wait until all steps so far have been stored."""
         if self.ticket is not None:
@@ -226,7 +184,7 @@ class PagedKVCache:
 
     def _convert(self) -> None:
         """Give all rows the wanted format, once enough of them are stored."""
-        if self.row_format == self._wanted_format or self.offset < self._float_until:
+        if not self._is_due:
             return
         self._settle()
         old, self.row_format = self._store, self._wanted_format

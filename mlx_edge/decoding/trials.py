@@ -8,19 +8,18 @@ time per output token is the time of the others, divided by how many they are. O
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_edge import ops
-from mlx_edge.cache import KVCache, PagedKVCache
+from mlx_edge.cache import AnyKVCache
 from mlx_edge.decoding.loop import PREFILL_STEP_SIZE, generate_step
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.decoder import Decoder
+from mlx_edge.models.decoder import Decoder, find_weights
 
 SEED = 0
-AnyCache = KVCache | PagedKVCache
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Trials:
         self,
         model: Decoder,
         plan: Plan,
-        make_cache: Callable[[], list[AnyCache]],
+        make_cache: Callable[[], list[AnyKVCache]],
         *,
         prefill_step_size: int = PREFILL_STEP_SIZE,
     ) -> None:
@@ -119,7 +118,7 @@ class Trials:
         """Bytes of weights and cache that a decode step of the newest trial had to read, on average."""
         return _weight_bytes((self.model.layers, self.model.head)) + self._cache_bytes
 
-    def _steps(self, tokens: mx.array, cache: Sequence[AnyCache], count: int) -> Iterator[None]:
+    def _steps(self, tokens: mx.array, cache: Sequence[AnyKVCache], count: int) -> Iterator[None]:
         """Read the tokens (B, L), then yield each time that every row has a token more on the host."""
         if self.plan.batch_size > 1:
             yield from self._batch_steps(tokens, cache, count)
@@ -134,7 +133,7 @@ class Trials:
             yield
 
     def _batch_steps(
-        self, tokens: mx.array, cache: Sequence[AnyCache], count: int
+        self, tokens: mx.array, cache: Sequence[AnyKVCache], count: int
     ) -> Iterator[None]:
         """The same for several rows, which all go to the end, the next step in flight."""
         last = tokens.shape[1] - 1
@@ -158,15 +157,9 @@ class Trials:
 
 def _weight_bytes(part: object) -> int:
     """Bytes of all weights in a record, packed ones included."""
-    packed_bytes = getattr(part, "weight_bytes", None)
-    if packed_bytes is not None:
-        return int(packed_bytes)
-    if isinstance(part, tuple):
-        return sum(map(_weight_bytes, part))
-    if is_dataclass(part):
-        return sum(_weight_bytes(getattr(part, field.name)) for field in fields(part))
-    return int(getattr(part, "nbytes", 0))
+    weights = find_weights(part)
+    return sum(w.weight_bytes if isinstance(w, ops.Packed) else w.nbytes for w in weights)
 
 
-def _stored_bytes(cache: Sequence[AnyCache]) -> int:
+def _stored_bytes(cache: Sequence[AnyKVCache]) -> int:
     return sum(layer.stored_bytes for layer in cache)

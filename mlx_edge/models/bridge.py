@@ -120,9 +120,8 @@ class BridgedModel:
         if cache is None:
             cache = self.make_cache()
         surplus = 0 if logits_to_keep is None else tokens.shape[1] - logits_to_keep
-        if (
-            surplus > 0
-        ):  # a definition gives logits for all columns; those of a call that nobody reads cost nothing
+        # A definition gives logits for all columns; those of a call that nobody reads cost nothing.
+        if surplus > 0:
             self(tokens[:, :surplus], cache)
             tokens = tokens[:, surplus:]
         logits: mx.array = self.module(tokens, cache=[layer.inner for layer in cache])

@@ -121,10 +121,12 @@ def load(
     folder = find_model(str(path_or_hf_repo), revision=revision)
     model: LanguageModel[Any]
     if bridge is None:
-        ModelConfig.from_folder(folder)  # what is wrong with a folder is told in this order
+        config = ModelConfig.from_folder(folder)
         tokenizer = load_tokenizer(folder)
         trim_memory()  # before the weights are mapped, so that the two never add up
-        model = load_model(folder, lazy=lazy, precision=precision, use_mmap=use_mmap, mlock=mlock)
+        model = _load_weights(
+            folder, config, lazy=lazy, precision=precision, use_mmap=use_mmap, mlock=mlock
+        )
     else:
         model = load_bridged(folder, lazy=lazy)
         tokenizer = load_tokenizer(folder)
@@ -141,6 +143,20 @@ def load_model(
 ) -> Decoder:
     """The model in a folder, without its tokenizer; options and errors as for `load`."""
     config = ModelConfig.from_folder(folder)
+    return _load_weights(
+        folder, config, lazy=lazy, precision=precision, use_mmap=use_mmap, mlock=mlock
+    )
+
+
+def _load_weights(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    lazy: bool,
+    precision: ops.Precision,
+    use_mmap: bool,
+    mlock: bool,
+) -> Decoder:
     with Checkpoint.open(folder, use_mmap=use_mmap) as checkpoint:
         packer = None
         if ops.uses_cpu_kernels():

@@ -115,25 +115,25 @@ def trim_memory() -> None:
         found.trim_memory()
 
 
-class _Layers:
-    """The kernels' records of weights, made at their first use and dropped with them."""
+class _Records:
+    """The kernels' records of ours, made at their first use and dropped with them."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Any, ...]] = {}
 
-    def get(self, weights: Any, make: Callable[..., Any], *others: Any) -> Any:
-        """`make(weights, *others)`, the same one again for the same records."""
-        known = self._made.get(id(weights))
+    def get(self, ours: Any, make: Callable[..., Any], *others: Any) -> Any:
+        """`make(ours, *others)`, the same one again for the same records."""
+        known = self._made.get(id(ours))
         if known is not None and all(a is b for a, b in zip(known[1:], others, strict=True)):
             return known[0]
-        layer = make(weights, *others)
+        record = make(ours, *others)
         if known is None:
-            weakref.finalize(weights, self._made.pop, id(weights), None)
-        self._made[id(weights)] = (layer, *others)
-        return layer
+            weakref.finalize(ours, self._made.pop, id(ours), None)
+        self._made[id(ours)] = (record, *others)
+        return record
 
 
-_layers = _Layers()
+_records = _Records()
 
 
 def _norm(norm: Norm) -> Any:
@@ -188,20 +188,13 @@ def _precision(weights: Linear) -> Any:
     return precision.int8 if weights.precision == "int8" else precision.floating
 
 
-@cache
-def _newest_step() -> list[tuple[StepMeta, Any]]:
-    return []
+def _step(meta: StepMeta) -> Any:
+    return extension().Step(list(meta.starts), list(meta.lengths), meta.width)
 
 
 def make_step(meta: StepMeta) -> Any:
     """The kernels' record of a step: the same one for all layers of a pass."""
-    newest = _newest_step()
-    for known, step in newest:
-        if known is meta:
-            return step
-    step = extension().Step(list(meta.starts), list(meta.lengths), meta.width)
-    newest[:] = [(meta, step)]
-    return step
+    return _records.get(meta, _step)
 
 
 def _refuse(x: mx.array, *weights: Linear) -> str | None:
@@ -218,7 +211,7 @@ def linear(x: mx.array, weights: Packed) -> mx.array:
 
 def rms_norm(x: mx.array, norm: Norm) -> mx.array:
     """As `ops.rms_norm`."""
-    y: mx.array = extension().rms_norm(x, _layers.get(norm, _norm))
+    y: mx.array = extension().rms_norm(x, _records.get(norm, _norm))
     return y
 
 
@@ -232,7 +225,7 @@ def attention_block(
     x: mx.array, weights: AttentionWeights, kv: PagedHandle, rope: Rope | None, meta: StepMeta
 ) -> mx.array:
     """As `ops.attention_block`, over a store that is appended to in place."""
-    layer = _layers.get(weights, _attention_layer, rope)
+    layer = _records.get(weights, _attention_layer, rope)
     store = kv.begin(weights.num_kv_heads, weights.head_dim, meta)
     y: mx.array
     y, kv.ticket = extension().attention_block(
@@ -244,7 +237,7 @@ def attention_block(
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     """As `ops.mlp_block`."""
     y: mx.array = extension().mlp_block(
-        x, _layers.get(weights, _mlp_layer), _precision(weights.gate)
+        x, _records.get(weights, _mlp_layer), _precision(weights.gate)
     )
     return y
 
@@ -258,7 +251,7 @@ def embed(tokens: mx.array, weights: Embedding) -> mx.array:
 def head(x: mx.array, weights: HeadWeights) -> mx.array:
     """As `ops.head`."""
     y: mx.array = extension().head(
-        x, _layers.get(weights, _head_layer), _precision(weights.projection)
+        x, _records.get(weights, _head_layer), _precision(weights.projection)
     )
     return y
 

@@ -4,7 +4,6 @@ The programs are compiled once for each instruction set that runs here; AVX-512 
 `emulated/` and SIMDe are there.
 """
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,35 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "cpu_kernels"
-EMULATED = HERE / "emulated"
-SIMDE = Path("/usr/include/simde")
-FLAGS = {
-    "scalar": [],
-    "avx2": ["-DMLX_EDGE_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-DMLX_EDGE_AVX512", f"-I{EMULATED}"],
-    "neon": ["-DMLX_EDGE_NEON", f"-I{EMULATED}"],
-}
-# Checks of memory become calls, and no debug information (add -g to find a fault): half the time to compile.
-SANITIZED = [
-    *("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    *("--param", "asan-instrumentation-with-call-threshold=0"),
-]
-
-
-def reason_to_skip(isa: str) -> str:
-    """Why a program for this instruction set cannot be made or run here; "" when it can."""
-    if shutil.which("g++") is None:
-        return "no g++ here"
-    if isa == "avx2":
-        cpu = Path("/proc/cpuinfo")
-        flags = set(cpu.read_text().split()) if cpu.exists() else set()
-        missing = {"avx2", "fma", "f16c"} - flags
-        return f"this CPU lacks {', '.join(sorted(missing))}" if missing else ""
-    if isa in ("avx512", "neon") and not SIMDE.is_dir():
-        return "SIMDe is not installed (apt-get install libsimde-dev)"
-    return ""
+from tests.cpu.sets import FLAGS, HERE, KERNELS, SANITIZED, reason_to_skip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +25,7 @@ def program(tmp_path_factory: pytest.TempPathFactory):
         built = folder / f"{check}_{isa}"
         if not built.exists():
             # Emulated sets are slow to compile and were seen by the sanitizers as scalar code: they run without.
-            options = ["-O1"] if isa in ("avx512", "neon") else SANITIZED
+            options = ["-O1"] if isa in ("avx512", "neon") else ["-O1", *SANITIZED]
             sources = [HERE / f"{check}.cpp", KERNELS / "kv_store.cpp"]
             command = ["g++", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", *options]
             command += [f"-DMLX_EDGE_ISA={isa}", *FLAGS[isa], f"-I{KERNELS}", f"-I{HERE}"]

@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu.test_attention import FLAGS, HERE, KERNELS, reason_to_skip
+from tests.cpu.sets import FLAGS, HERE, KERNELS, SANITIZED, reason_to_skip
 
 SOURCES = ("isa", "pool", "products", "blocks", "matrix", "kv_store")
 SANITIZERS = {
     "threads": ["-fsanitize=thread"],
-    "memory": [
-        *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-        *("--param", "asan-instrumentation-with-call-threshold=0"),
-    ],
+    "memory": SANITIZED,
 }
 
 

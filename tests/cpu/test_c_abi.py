@@ -67,6 +67,7 @@ def test_dense_products(library: ctypes.CDLL) -> None:
     x = x.astype(np.float32)
     y = np.empty((3, 9), np.float32)
     sizes = ctypes.byref(Matrix(DENSE, 9, 33, 0, 0, 1))
+    assert library.mlx_edge_packed_bytes(sizes) == weight.nbytes
     library.mlx_edge_linear(sizes, pointer(weight), None, FLOAT, pointer(x), pointer(y), 3)
     wanted = x.astype(np.float64) @ weight.astype(np.float64).T
     assert np.abs(y - wanted).max() <= 1e-6 * np.abs(wanted).max()

@@ -10,37 +10,9 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "cpu_kernels"
-EMULATED = HERE / "emulated"
-SIMDE = Path("/usr/include/simde")
+from tests.cpu.sets import FLAGS, HERE, KERNELS, SANITIZED, reason_to_skip
+
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
-# Checks of memory become calls and tiles are not inlined: much less to compile.
-SANITIZED = [
-    *("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    *("--param", "asan-instrumentation-with-call-threshold=0"),
-]
-# One set has the sanitizers here, AVX2's products in test_blocks.py: all of it would take minutes to compile.
-FLAGS = {
-    "scalar": SANITIZED,
-    "avx2": ["-DMLX_EDGE_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-DMLX_EDGE_AVX512", f"-I{EMULATED}"],
-    "neon": ["-DMLX_EDGE_NEON", f"-I{EMULATED}"],
-}
-
-
-def reason_to_skip(isa: str) -> str:
-    """Why this instruction set cannot be compiled or run here; "" when it can."""
-    if shutil.which("g++") is None:
-        return "no g++ here"
-    if isa == "avx2":
-        cpu = Path("/proc/cpuinfo")
-        flags = set(cpu.read_text().split()) if cpu.exists() else set()
-        missing = {"avx2", "fma", "f16c"} - flags
-        return f"this CPU lacks {', '.join(sorted(missing))}" if missing else ""
-    if isa in ("avx512", "neon") and not SIMDE.is_dir():
-        return "SIMDe is not installed (apt-get install libsimde-dev)"
-    return ""
 
 
 def command(isa: str, flags: list[str]) -> list[str]:
@@ -55,8 +27,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
     started = {}
     for isa, flags in FLAGS.items():
         if not reason_to_skip(isa):
+            # One set has the sanitizers here, AVX2's products in test_blocks.py: all would take minutes to compile.
+            checks = ["-g1", *SANITIZED] if isa == "scalar" else []
             sources = [HERE / "check_linear.cpp", KERNELS / "matrix.cpp"]
-            whole = [*command(isa, flags), *map(str, sources), "-o", str(folder / isa)]
+            whole = [*command(isa, [*flags, *checks]), *map(str, sources), "-o", str(folder / isa)]
             started[isa] = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True)
     for isa, compiler in started.items():
         said = compiler.communicate()[1]

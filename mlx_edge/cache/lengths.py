@@ -1,0 +1,99 @@
+"""What every cache of a layer knows: how many positions each row of a batch has stored, and in which format.
+
+Rows stay floats until `float_until` positions are stored; then all take the wanted format at once. Knows no memory:
+where rows lie, and what else cannot be forgotten, is said by the caches (`layer.py`, `paged.py`).
+"""
+
+from collections.abc import Sequence
+
+from mlx_edge.cache.rows import FloatRows, RowFormat
+from mlx_edge.cache.saved import CacheFacts
+from mlx_edge.errors import InvalidRequestError
+from mlx_edge.ops import StepMeta
+
+TAIL = 32  # positions that a step may always take back; a longer step is a chunk of a prompt
+
+
+class CacheLengths:
+    """Lengths, limits and format of one layer's cache."""
+
+    def __init__(
+        self,
+        *,
+        window: int | None,
+        keep: int,
+        row_format: RowFormat | None,
+        float_until: int,
+    ) -> None:
+        """As the caches' own arguments."""
+        self.window = window
+        self.keep = keep if window is not None else 0
+        self._wanted_format = row_format or FloatRows()
+        self._float_until = float_until
+        self.row_format: RowFormat = FloatRows() if float_until else self._wanted_format
+        self._offsets: tuple[int, ...] = ()  # positions stored, per row of the batch
+
+    @property
+    def offset(self) -> int:
+        """Positions stored, in the longest row."""
+        return max(self._offsets, default=0)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Positions stored in each row of the batch; empty before the first step."""
+        return self._offsets
+
+    @property
+    def num_trimmable(self) -> int:
+        """How many positions the next step may bring that `trim` could make as if they had never come."""
+        until_packed = self._float_until - self.offset
+        return min(TAIL, until_packed) if until_packed > 0 and self._gets_packed else TAIL
+
+    @property
+    def _gets_packed(self) -> bool:
+        return self._wanted_format != FloatRows()
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether the rows should have the wanted format, and have not."""
+        return self.row_format != self._wanted_format and self.offset >= self._float_until
+
+    def _facts(self) -> CacheFacts:
+        is_float = self.row_format == FloatRows()
+        return CacheFacts(
+            self.window, self.keep, self._wanted_format, self._float_until, is_float, self._offsets
+        )
+
+    def _starts_of(self, meta: StepMeta) -> tuple[int, ...]:
+        """Where the step's rows begin.
+
+        Raises: InvalidRequestError when the positions do not follow those stored.
+        """
+        starts = self._offsets or (0,) * len(meta.starts)
+        if meta.starts != starts:
+            raise InvalidRequestError(
+                f"a step of rows from positions {meta.starts} does not follow the {starts} that are stored"
+            )
+        return starts
+
+    def _offsets_without(self, count: int | Sequence[int]) -> tuple[int, ...]:
+        """The lengths without the newest `count` positions, or so many of each row.
+
+        Raises: InvalidRequestError for more than are stored.
+        """
+        counts = (count,) * len(self._offsets) if isinstance(count, int) else tuple(count)
+        offsets = tuple(o - c for o, c in zip(self._offsets, counts, strict=True))
+        if min(counts, default=0) < 0 or min(offsets, default=0) < 0:
+            raise InvalidRequestError(
+                f"{count} positions cannot be forgotten; {self._offsets} are stored"
+            )
+        return offsets
+
+    def _check_format_at(self, offsets: tuple[int, ...]) -> None:
+        """Refuse to go back to where rows were floats, when they are packed by now."""
+        is_packed = self._gets_packed and self.row_format == self._wanted_format
+        if is_packed and max(offsets, default=0) < self._float_until <= self.offset:
+            raise InvalidRequestError(
+                f"the cache is packed from position {self._float_until} on and cannot go back to "
+                f"{max(offsets)}, where rows were floats; process the text anew"
+            )
