@@ -50,6 +50,11 @@ def make_parser() -> Parser:
     add("--delay", type=number(0), default=0, help="seconds of rest before each trial")
     add_memory(parser)
     add_loading(parser)
+    add(
+        "--explain-kernels",
+        action="store_true",
+        help="say what serves each op, and measure nothing",
+    )
     add("--output", "-o", choices=("json", "md"), help="print JSON, or a row of a Markdown table")
     return parser
 
@@ -224,9 +229,13 @@ def run_benchmark(args: Namespace) -> None:
     """Load the model, measure, and print."""
     # Imported here, so that a wrong flag or --help is answered at once.
     from mlx_edge.decoding.trials import Trials
+    from mlx_edge.models.explain import explain_kernels
     from mlx_edge.models.load import load
 
     model, _ = load(args.model, revision=args.revision, **loading_options(args))
+    if args.explain_kernels:
+        print(*explain_kernels(model), sep="\n")
+        return
     plan = make_plan(args, model.config.context_size)
     step_size = args.prefill_step_size
     trials = Trials(model, plan, lambda: make_cache(model, args), prefill_step_size=step_size)

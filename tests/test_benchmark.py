@@ -172,3 +172,10 @@ def test_it_is_a_command_of_the_package() -> None:
     command = [sys.executable, "-m", "mlx_edge", "benchmark", *SMALL, "-o", "json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)["model"] == "pocket"
+
+
+def test_kernels_are_explained_instead(run: Run) -> None:
+    out, _ = run("--explain-kernels")
+    assert out.startswith("steps of 1 row:\n  embed: ")
+    assert "  mlp_block of layer 0 to layer 3: " in out
+    assert "tokens-per-sec" not in out

@@ -37,7 +37,9 @@ FLOORS = {
 }
 GROUND = {"errors", "runtime"}  # everything stands on them
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "bench").glob("*.py")])
+SCRIPTS = sorted(
+    p for room in ("scripts", "bench", "metal_emulator") for p in (ROOT / room).glob("*.py")
+)
 
 
 def room(module: str) -> str:

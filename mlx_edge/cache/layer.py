@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from mlx_edge.cache.lengths import TAIL, CacheLengths
+from mlx_edge.cache.quantized import QuantizedRows
 from mlx_edge.cache.rows import Planes, Row, RowFormat, join, make_room, take, write
 from mlx_edge.cache.saved import PARTS, CacheState
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.ops import Segment, StepMeta
+from mlx_edge.ops import Segment, StepMeta, StoredPlanes
 
 if TYPE_CHECKING:  # slow to import, and not needed where the CPU kernels have the cache
     import numpy as np
@@ -82,6 +83,12 @@ class KVCache(CacheLengths):
         held = (o if limit is None else min(o, limit) for o in self._offsets)
         return per_position * sum(held)
 
+    @property
+    def packing(self) -> tuple[int, int]:
+        """Bits and group size of the rows that the next step stores; 0 and 0 for floats."""
+        coming = self._wanted_format if self._is_due else self.row_format
+        return (coming.bits, coming.group_size) if isinstance(coming, QuantizedRows) else (0, 0)
+
     def reserve(self, capacity: int) -> None:
         """Let the body hold `capacity` positions, as far as its window goes, when it is next allocated or grown."""
         self._capacity = max(self._capacity, capacity)
@@ -97,16 +104,9 @@ class KVCache(CacheLengths):
 
         Raises: InvalidRequestError when the positions do not follow those stored.
         """
-        starts = self._starts_of(meta)
-        if self.writes_body:
-            lengths = zip(starts, meta.lengths, strict=True)
-            self._merge(tuple(_merged(start + min(length, 1)) for start, length in lengths))
-        self._convert()
+        starts = self._open(meta)
         new = self.row_format.encode(mx.stack([keys, values]))
-        if not self._tail:
-            self._tail = make_room(new, 2 * TAIL)
-            self._prefix = make_room(new, self.keep) if self.keep else ()
-            self._tail_starts = self._oldest = (0,) * len(starts)
+        self._make_tail(new, len(starts))
         self._offsets = tuple(s + n for s, n in zip(starts, meta.lengths, strict=True))
         self._write_prefix(new, starts)
         if meta.width > TAIL:
@@ -116,6 +116,36 @@ class KVCache(CacheLengths):
             if end > start:
                 self._tail = write(self._tail, take(new, 0, end - start, row), start - begin, row)
         return self._stored_segments(self._offsets)
+
+    def open_step(self, like: mx.array, meta: StepMeta) -> StoredPlanes:
+        """What is stored before a step of at most TAIL positions, whose rows are like `like` (B, K, L, D).
+
+        For a kernel that reads the tail and makes the next one, which `close_step` takes: nothing that a step in flight
+        reads is written.
+
+        Raises: InvalidRequestError when the positions do not follow those stored.
+        """
+        starts = self._open(meta)
+        if not self._tail:
+            shape = (2, *like.shape[:2], 1, like.shape[3])
+            self._make_tail(self.row_format.encode(mx.zeros(shape, like.dtype)), len(starts))
+        bits, group_size = self.packing
+        return StoredPlanes(
+            self._body,
+            self._tail,
+            self._prefix,
+            self._tail_starts,
+            ring=self._ring or 0,
+            window=self.window,
+            keep=self.keep,
+            bits=bits,
+            group_size=group_size,
+        )
+
+    def close_step(self, tail: Planes, meta: StepMeta) -> None:
+        """Take the tail that a step has made; its positions count as stored."""
+        self._tail = tail
+        self._offsets = tuple(s + n for s, n in zip(meta.starts, meta.lengths, strict=True))
 
     def trim(self, count: int | Sequence[int]) -> None:
         """Forget the newest `count` positions, or so many of each row: the cache is as if they had never come.
@@ -198,6 +228,22 @@ class KVCache(CacheLengths):
         mx.synchronize()
         self._merge(tuple(map(_merged, self._offsets)))
 
+    def _open(self, meta: StepMeta) -> tuple[int, ...]:
+        """Begin a step: merge what the one before left to merge. Returns where the step's rows start."""
+        starts = self._starts_of(meta)
+        if self.writes_body:
+            lengths = zip(starts, meta.lengths, strict=True)
+            self._merge(tuple(_merged(start + min(length, 1)) for start, length in lengths))
+        self._convert()
+        return starts
+
+    def _make_tail(self, like: Planes, batch_size: int) -> None:
+        if self._tail:
+            return
+        self._tail = make_room(like, 2 * TAIL)
+        self._prefix = make_room(like, self.keep) if self.keep else ()
+        self._tail_starts = self._oldest = (0,) * batch_size
+
     def _convert(self) -> None:
         """Give all rows the wanted format, once enough of them are stored."""
         if not self._is_due:
@@ -212,9 +258,8 @@ class KVCache(CacheLengths):
         """Move positions before `middles` from tail and chunk into the body; the rest is the new tail."""
         tail_ends = self._chunk_starts if self._chunk else self._offsets
         spans = (self._tail_starts, middles, tail_ends, self._offsets)
+        tail: Planes = ()  # a new one: the rows that stay are read from the old one, which is so held
         for row, (begin, middle, tail_end, end) in _rows(*spans):
-            if middle == begin and tail_end == end:
-                continue
             rows = take(self._tail, 0, tail_end - begin, row)
             if end > tail_end:
                 rows = join(rows, take(self._chunk, 0, end - tail_end, row))
@@ -223,7 +268,9 @@ class KVCache(CacheLengths):
                 self._make_body(middle)
                 self._write_body(take(rows, first - begin, middle - begin), first, row)
             if end > middle:
-                self._tail = write(self._tail, take(rows, middle - begin, end - begin), 0, row)
+                tail = tail or make_room(self._tail, 2 * TAIL)
+                tail = write(tail, take(rows, middle - begin, end - begin), 0, row)
+        self._tail = tail or self._tail
         if self._ring is not None:
             held = (middle - self._ring for middle in middles)
             self._oldest = tuple(map(max, self._oldest, held))

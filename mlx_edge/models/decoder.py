@@ -121,6 +121,8 @@ class Decoder:
 
 def describe_kernels(model: Decoder) -> str:
     """What computes this model, in words."""
+    if ops.uses_metal_kernels():
+        return "Metal kernels for up to 16 rows, MLX's own for more"
     packed = [weight for weight in find_weights(model) if isinstance(weight, ops.Packed)]
     if not packed or not uses_cpu_kernels():
         return "plain MLX ops"

@@ -17,6 +17,7 @@ from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, find_arrays
 from mlx_edge.models.interface import LanguageModel, ModelLimits
 from mlx_edge.models.packing import Packer
+from mlx_edge.models.warm_up import warm_up
 from mlx_edge.ops.cpu import has_cpu_only, trim_memory
 from mlx_edge.ops.cpu import missing as find_missing
 from mlx_edge.runtime import connect_blas, convert_float
@@ -181,7 +182,10 @@ def _load_weights(
             convert_s=time.perf_counter() - start,
             packed=packer.report if packer is not None else None,
         )
-    return replace(model, load_report=report)
+    model = replace(model, load_report=report)
+    if ops.uses_metal_kernels() and not lazy:
+        warm_up(model)
+    return model
 
 
 def show_progress(title: str) -> Callable[[int, int], None]:

@@ -10,7 +10,14 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
-from mlx_edge.ops.select import choose, observe, run, use, uses_cpu_kernels
+from mlx_edge.ops.select import (
+    choose,
+    observe,
+    run,
+    use,
+    uses_cpu_kernels,
+    uses_metal_kernels,
+)
 from mlx_edge.ops.types import (
     Activation,
     AttentionWeights,
@@ -29,6 +36,8 @@ from mlx_edge.ops.types import (
     Rope,
     Segment,
     StepMeta,
+    StoredPlanes,
+    TailHandle,
 )
 
 __all__ = [
@@ -49,6 +58,8 @@ __all__ = [
     "Rope",
     "Segment",
     "StepMeta",
+    "StoredPlanes",
+    "TailHandle",
     "argmax",
     "attention",
     "attention_block",
@@ -65,6 +76,7 @@ __all__ = [
     "rotate",
     "use",
     "uses_cpu_kernels",
+    "uses_metal_kernels",
 ]
 
 

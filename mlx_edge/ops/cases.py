@@ -117,12 +117,12 @@ TEST = Cases(
     ),
     block=(
         BlockCase(1, 64, 96, 4, 2, 16, (1,)),
-        BlockCase(1, 64, 96, 4, 4, 16, (31, 1, 1)),
-        BlockCase(2, 64, 96, 4, 2, 32, (5, 40, 3), has_qk_norm=True),
+        BlockCase(1, 64, 96, 4, 4, 64, (31, 1, 1)),
+        BlockCase(2, 64, 96, 4, 2, 128, (5, 40, 3), has_qk_norm=True),
         BlockCase(1, 128, 192, 4, 1, 64, (33, 1), bits=4),
         BlockCase(1, 128, 192, 2, 2, 64, (7, 2), bits=8, has_qk_norm=True),
-        BlockCase(1, 64, 96, 4, 2, 16, (40, 1), window=9),
-        BlockCase(1, 64, 96, 4, 2, 16, (12, 4), has_bias=True, is_interleaved=True, rope_dims=8),
+        BlockCase(1, 64, 96, 4, 2, 64, (40, 1), window=9),
+        BlockCase(1, 64, 96, 4, 2, 64, (12, 4), has_bias=True, is_interleaved=True, rope_dims=32),
     ),
     rows=(RowCase(1, 64), RowCase(3, 33), RowCase(17, 1000)),
 )

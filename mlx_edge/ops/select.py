@@ -2,8 +2,9 @@
 
 A backend is a name, a test for this machine, and a table from op to implementation; an implementation says
 for which arguments it serves. They are asked in order, fastest first; the reference serves everything.
-`MLX_EDGE_OPS` or `use()` names one backend: then an op that it cannot run is an error, not a silent fallback,
-except for `reference`, which always can. `observe()` lets a profiler stand around every call; nobody does by default.
+`MLX_EDGE_OPS` or `use()` names one backend: then an op that it cannot run is an error, not a silent fallback. What a
+backend leaves to the reference by its purpose (the Metal kernels: prompts) is no refusal and no error.
+`observe()` lets a profiler stand around every call; nobody does by default.
 """
 
 import os
@@ -17,6 +18,9 @@ from typing import Any, Protocol
 from mlx_edge.errors import HardwareNotSupportedError, InvalidRequestError
 from mlx_edge.ops.cpu import OPS as CPU_OPS
 from mlx_edge.ops.cpu import missing as missing_for_cpu
+from mlx_edge.ops.metal import EMULATED_OPS, Ops, leave, missing_for_emulator
+from mlx_edge.ops.metal import OPS as METAL_OPS
+from mlx_edge.ops.metal import missing as missing_for_metal
 from mlx_edge.ops.reference import IMPLEMENTATIONS
 
 
@@ -26,6 +30,7 @@ class Implementation:
 
     run: Callable[..., Any]
     refuse: Callable[..., str | None]  # the op's arguments -> why it does not serve them, or None
+    describe: Callable[..., str] | None = None  # the op's arguments -> what it launches
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class Backend:
     name: str
     missing: Callable[[], str | None]  # what this machine lacks for it, or None
     ops: Mapping[str, Implementation]
+    # An op and its arguments -> why the reference is meant to run it, though the backend was named; or None.
+    leave: Callable[[str, tuple[Any, ...]], str | None] = lambda _op, _args: None
+    is_for_all: bool = True  # False: only for who names it
 
     def refusal(self, op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Why this backend does not run this call, or None when it does."""
@@ -54,9 +62,11 @@ class Choice:
     op: str
     backend: Backend
     refusals: tuple[str, ...]
+    describe: Callable[[], str] | None = None  # what is launched, where the backend tells
 
     def __str__(self) -> str:
-        return "; ".join((*self.refusals, f"{self.op} runs on {self.backend.name}"))
+        launches = f" ({self.describe()})" if self.describe else ""
+        return "; ".join((*self.refusals, f"{self.op} runs on {self.backend.name}{launches}"))
 
 
 def _nothing_missing() -> None:
@@ -77,7 +87,27 @@ CPU = Backend(
     missing_for_cpu,
     {op: Implementation(run, refuse) for op, (run, refuse) in CPU_OPS.items()},
 )
-BACKENDS: tuple[Backend, ...] = (CPU, REFERENCE)  # fastest first; the reference is last
+
+
+def _implementations(ops: Ops) -> dict[str, Implementation]:
+    return {op: Implementation(*parts) for op, parts in ops.items()}
+
+
+METAL = Backend(
+    "metal",
+    missing_for_metal,
+    _implementations(METAL_OPS),
+    leave,
+)
+EMULATED = Backend(  # the same kernels, on a GPU that is a program
+    "emulated",
+    missing_for_emulator,
+    _implementations(EMULATED_OPS),
+    leave,
+    is_for_all=False,
+)
+# Fastest first; the reference is last.
+BACKENDS: tuple[Backend, ...] = (METAL, CPU, EMULATED, REFERENCE)
 
 
 class Observer(Protocol):
@@ -143,6 +173,12 @@ def uses_cpu_kernels() -> bool:
     return forced in (None, CPU.name) and CPU.missing() is None
 
 
+def uses_metal_kernels() -> bool:
+    """Whether steps will launch the Metal kernels on a GPU, which compiles each at its first use."""
+    forced = _forced.get() or _from_environment()
+    return forced in (None, METAL.name) and METAL.missing() is None
+
+
 def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
     """The backend that runs this call.
 
@@ -151,12 +187,17 @@ def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
     forced = _forced.get() or _from_environment()
     refusals: list[str] = []
     for backend in BACKENDS:
-        if forced is not None and backend.name != forced:
+        if backend.name != forced and (forced is not None or not backend.is_for_all):
             continue
-        refusal = backend.refusal(op, args, kwargs)
+        left = backend.leave(op, args) if backend.missing() is None else None
+        refusal = left or backend.refusal(op, args, kwargs)
         if refusal is None:
-            return Choice(op, backend, tuple(refusals))
+            describe = backend.ops[op].describe
+            details = describe and partial(describe, *args, **kwargs)
+            return Choice(op, backend, tuple(refusals), details)
         refusals.append(f"{backend.name}: {refusal}")
+        if forced is not None and left is not None:
+            return Choice(op, REFERENCE, tuple(refusals))
     raise HardwareNotSupportedError(
         f"{op} was asked to run on {forced} and cannot: {'; '.join(refusals)}; "
         "unset MLX_EDGE_OPS to let the runtime choose"

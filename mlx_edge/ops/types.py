@@ -203,6 +203,37 @@ class KVHandle(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoredPlanes:
+    """Where one layer's keys and values lie: arrays (2, B, K, slots, ...), keys first; one of floats, or codes, scales
+    and offsets; none where nothing is stored. Which position has which slot is in `metal_kernels/README.md`."""
+
+    body: tuple[mx.array, ...]
+    tail: tuple[mx.array, ...]
+    prefix: tuple[mx.array, ...]
+    tail_starts: tuple[int, ...]  # per row of the batch: position of the tail's first slot
+    ring: int = 0  # slots of a body that goes round; 0 where slot i holds position i
+    window: int | None = None  # the cache's own limit, beside the layer's
+    keep: int = 0  # positions that lie in the prefix
+    bits: int = 0  # 0 for floats
+    group_size: int = 0
+
+
+class TailHandle(KVHandle, Protocol):
+    """A cache whose tail is a value: a kernel reads it and makes the next one; nothing is written that is read."""
+
+    keep: int  # positions that are always seen
+    packing: tuple[int, int]  # at the next step: bits and group size, 0 and 0 for floats
+
+    def open_step(self, like: mx.array, meta: StepMeta) -> StoredPlanes:
+        """What is stored before the step, whose rows will have the shape and dtype of `like` (B, K, L, D)."""
+        ...
+
+    def close_step(self, tail: tuple[mx.array, ...], meta: StepMeta) -> None:
+        """Take the next tail; the step's positions count as stored."""
+        ...
+
+
 class PagedHandle(KVHandle, Protocol):
     """A cache whose memory belongs to the CPU kernels, which append to it in place."""
 

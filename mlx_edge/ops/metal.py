@@ -1,0 +1,243 @@
+"""The Metal backend: one decode step as the dispatches that `metal_kernels/README.md` lists.
+
+Serves at most MAX_ROWS rows: a token, a small batch of them, or drafts to verify. Longer steps, embedding and what else
+it has no op for are left to the reference, which is MLX's own kernels on a Mac. The same launches run on the emulator,
+where it is asked for by name. Knows which kernels follow each other; what they are given is in `metal_qmv.py` and
+`metal_attention.py`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache, wraps
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_edge.ops.metal_attention import PART, Positions, attend, place
+from mlx_edge.ops.metal_attention import refuse as refuse_attention
+from mlx_edge.ops.metal_launch import on
+from mlx_edge.ops.metal_qmv import (
+    describe,
+    have_one_format,
+    qmv_glu,
+    qmv_norm,
+    qmv_res,
+    refuse,
+    refuse_residual,
+)
+from mlx_edge.ops.types import (
+    AttentionWeights,
+    HeadWeights,
+    Linear,
+    MLPWeights,
+    Rope,
+    StepMeta,
+    StoredPlanes,
+    TailHandle,
+)
+
+MAX_ROWS = 16
+
+
+def missing() -> str | None:
+    """What this machine lacks for the kernels, or None."""
+    if not mx.metal.is_available():
+        return "no Apple GPU" if sys.platform == "darwin" else "not macOS"
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "the default device is the CPU"
+    return None
+
+
+@cache
+def _find_emulator() -> Any:
+    """The device that emulates a GPU, or in words why there is none."""
+    try:
+        from metal_emulator import Device, MetalError
+    except ImportError:
+        return "the package metal_emulator is not here; run from a checkout of the repository"
+    try:
+        return Device(mode="fast")
+    except MetalError as error:
+        return str(error)
+
+
+def missing_for_emulator() -> str | None:
+    """What this machine lacks to emulate the kernels, or None."""
+    found = _find_emulator()
+    return found if isinstance(found, str) else None
+
+
+def linear(x: mx.array, weights: Linear) -> mx.array:
+    """As `ops.linear`."""
+    return _back(qmv_norm(_rows(x), None, [weights]), x)
+
+
+def head(x: mx.array, weights: HeadWeights) -> mx.array:
+    """As `ops.head`: the norm is in the product."""
+    return _back(qmv_norm(_rows(x), weights.norm, [weights.projection]), x)
+
+
+def attention_block(
+    x: mx.array, weights: AttentionWeights, kv: TailHandle, rope: Rope | None, meta: StepMeta
+) -> mx.array:
+    """As `ops.attention_block`; the cache gets its next tail from the kernel."""
+    rows = _rows(x)
+    qkv = _project(rows, weights)
+    shape = (x.shape[0], weights.num_kv_heads, x.shape[1], weights.head_dim)
+    stored = kv.open_step(_like(shape, x.dtype), meta)
+    heads, tail = attend(
+        qkv,
+        stored,
+        _place(meta, stored, weights.window),
+        num_heads=weights.num_heads,
+        num_kv_heads=weights.num_kv_heads,
+        head_dim=weights.head_dim,
+        scale=weights.scale,
+        rope=rope,
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
+    )
+    kv.close_step(tail, meta)
+    return _back(qmv_res(heads, weights.o, rows), x)
+
+
+@lru_cache(maxsize=16)
+def _like(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.zeros(shape, dtype)
+
+
+def _place(meta: StepMeta, stored: StoredPlanes, window: int | None) -> Positions:
+    """The same positions again for all layers of a step that see as far."""
+    windows = [w for w in (window, stored.window) if w is not None]
+    return _placed(
+        meta.starts,
+        meta.lengths,
+        stored.tail_starts,
+        width=meta.width,
+        ring=stored.ring,
+        window=min(windows, default=0),
+        keep=stored.keep,
+        keep_window=window or 0,
+    )
+
+
+_placed = lru_cache(maxsize=8)(place)
+
+
+def _project(rows: mx.array, weights: AttentionWeights) -> mx.array:
+    """Queries, keys and values side by side; one launch where their weights have one format, else a copy joins them."""
+    projections = [weights.q, weights.k, weights.v]
+    if have_one_format(projections):
+        return qmv_norm(rows, weights.norm, projections)
+    parts = [qmv_norm(rows, weights.norm, [one]) for one in projections]
+    return mx.concatenate(parts, axis=-1)
+
+
+def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
+    """As `ops.mlp_block`."""
+    rows = _rows(x)
+    inner = qmv_glu(rows, weights.norm, weights.gate, weights.up, weights.activation)
+    return _back(qmv_res(inner, weights.down, rows), x)
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _back(rows: mx.array, x: mx.array) -> mx.array:
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+
+def refuse_attention_block(
+    x: mx.array, weights: AttentionWeights, kv: TailHandle, rope: Rope | None, meta: StepMeta
+) -> str | None:
+    """Why the kernels cannot run this layer, or None."""
+    if not hasattr(kv, "open_step"):
+        return "the cache has no tail that a kernel may make anew"
+    rows, (bits, group_size) = _rows(x), kv.packing
+    projections = (refuse(rows, [one]) for one in (weights.q, weights.k, weights.v))
+    refusal = next((found for found in projections if found is not None), None)
+    return (
+        refusal
+        or refuse_residual(weights.o)
+        or refuse_attention(
+            x.dtype,
+            num_heads=weights.num_heads,
+            num_kv_heads=weights.num_kv_heads,
+            head_dim=weights.head_dim,
+            width=meta.width,
+            rope=rope,
+            bits=bits,
+            group_size=group_size,
+            keep=kv.keep,
+        )
+    )
+
+
+def _refuse_mlp_block(x: mx.array, weights: MLPWeights) -> str | None:
+    refusal = refuse(_rows(x), [weights.gate, weights.up])
+    return refusal or refuse_residual(weights.down)
+
+
+def leave(op: str, args: tuple[Any, ...]) -> str | None:
+    """Why the reference is meant to run this call, or None."""
+    if op not in OPS:
+        return "it is left to MLX's own kernels"
+    x = args[0]
+    rows = x.size // x.shape[-1]
+    if rows > MAX_ROWS:
+        return f"{rows} rows; more than {MAX_ROWS} are left to MLX's own kernels"
+    if op == "attention_block" and min(args[4].starts) < getattr(args[2], "keep", 0):
+        return "the positions that are always kept are not all stored yet"
+    return None
+
+
+def _describe_attention_block(
+    x: mx.array, weights: AttentionWeights, kv: TailHandle, _rope: Rope | None, meta: StepMeta
+) -> str:
+    rows, projections = _rows(x), [weights.q, weights.k, weights.v]
+    names = [describe(rows, projections)]
+    if not have_one_format(projections):
+        names = [*(describe(rows, [one]) for one in projections), "concatenate"]
+    attention = "attn_decode_q" if any(kv.packing) else "attn_decode"
+    names.append(f"{attention}, then attn_combine beyond {PART} positions")
+    return ", ".join([*names, describe(rows, [weights.o], "res")])
+
+
+def _describe_mlp_block(x: mx.array, weights: MLPWeights) -> str:
+    rows = _rows(x)
+    glu = describe(rows, [weights.gate, weights.up], "glu")
+    return f"{glu}, {describe(rows, [weights.down], 'res')}"
+
+
+def _describe_linear(x: mx.array, weights: Linear | HeadWeights) -> str:
+    linears = [weights.projection if isinstance(weights, HeadWeights) else weights]
+    return describe(_rows(x), linears)
+
+
+def _refuse_product(x: mx.array, weights: Linear | HeadWeights) -> str | None:
+    linears = [weights.projection if isinstance(weights, HeadWeights) else weights]
+    return refuse(_rows(x), linears)
+
+
+Run = Callable[..., mx.array]
+# Op -> what runs it, what refuses it, what names its launches.
+Ops = Mapping[str, tuple[Run, Callable[..., str | None], Callable[..., str]]]
+OPS: Ops = {
+    "linear": (linear, _refuse_product, _describe_linear),
+    "head": (head, _refuse_product, _describe_linear),
+    "attention_block": (attention_block, refuse_attention_block, _describe_attention_block),
+    "mlp_block": (mlp_block, _refuse_mlp_block, _describe_mlp_block),
+}
+
+
+def _on_emulator(run: Run) -> Run:
+    @wraps(run)
+    def emulated(*args: Any) -> mx.array:
+        with on(_find_emulator()):
+            return run(*args)
+
+    return emulated
+
+
+EMULATED_OPS: Ops = {op: (_on_emulator(run), no, name) for op, (run, no, name) in OPS.items()}
