@@ -19,7 +19,7 @@ from bench.metal_cases import (
 from bench.metal_graph import TWO_PASSES, Layer
 from bench.metal_roofline import Chip, step_seconds
 from bench.metal_shapes import CONTEXTS, LLAMA, MODELS, QWEN_SMALL, ROWS, Model
-from bench.metal_work import Work
+from bench.metal_work import LINE, Work
 
 Works = Mapping[Case, Sequence[Work]]
 EXACT_ROWS = (8, 16)  # where rows with the bits that they have alone go through another kernel
@@ -121,12 +121,40 @@ def steps(scope: Scope) -> list[tuple[Model, int, int]]:
     ]
 
 
+def is_counted(parts: Sequence[Part], works: Works) -> bool:
+    """Whether none of the cases was refused."""
+    return all(part.case in works for part in parts)
+
+
 def seconds(parts: Sequence[Part], works: Works, levels: float, chip: Chip) -> float | None:
     """The roofline's time; None where a case could not be counted."""
-    if any(part.case not in works for part in parts):
+    if not is_counted(parts, works):
         return None
     spent = [step_seconds(works[part.case], 0, chip) * part.times for part in parts]
     return sum(spent) + step_seconds([], levels, chip)
+
+
+def moved(parts: Sequence[Part], works: Works) -> dict[str, float]:
+    """Megabytes of a step: touched; of weights, and of keys and values, by threadgroup; asked for by lanes."""
+    counted = [(work, part.times * LINE / 1e6) for part in parts for work in works[part.case]]
+    return {
+        "unique_mb": sum(work.traffic.unique * times for work, times in counted),
+        "weights_mb": sum(work.lines("weights").group * times for work, times in counted),
+        "kv_mb": sum(work.lines("kv").group * times for work, times in counted),
+        "asked_mb": sum(work.traffic.asked_bytes * times / LINE for work, times in counted),
+    }
+
+
+def our_dispatches(model: Model, layer: Layer, context: int) -> float:
+    """Of a step; merges of tails in the mean."""
+    saved = sum(n for p, n in model.attended(context).items() if p <= ONE_PART)
+    return model.num_layers * layer.dispatches + layer.others - saved
+
+
+def mlx_dispatches(model: Model, layer: Layer, parts: Sequence[Part], works: Works) -> float:
+    """The same of MLX: one more wherever a call takes two."""
+    more = sum(part.times * (len(works[part.case]) - 1) for part in parts)
+    return model.num_layers * layer.dispatches + layer.others + more
 
 
 def our_levels(model: Model, layer: Layer, context: int) -> float:

@@ -13,19 +13,27 @@ from bench.metal_calibration import TOLERANCE, calibrate, make_points
 from bench.metal_cases import Case
 from bench.metal_graph import Layer
 from bench.metal_plan import (
+    Part,
     Scope,
     Works,
+    is_counted,
+    mlx_dispatches,
     mlx_levels,
     mlx_step,
+    moved,
+    our_dispatches,
     our_levels,
     our_step,
     seconds,
     steps,
 )
-from bench.metal_roofline import PREDICTED
+from bench.metal_roofline import PREDICTED, Chip
+from bench.metal_shapes import Model
 from bench.metal_summary import summarize
 from bench.metal_work import LINE, Lines, Work
+from bench.table import make_counts_table
 
+TRAFFIC_CHIP = "M4"
 SHOWN_OPERATIONS = 8  # of a dispatch, the most frequent
 Result = dict[str, Any]
 
@@ -52,29 +60,47 @@ def make_result(
 
 def predict_steps(scope: Scope, works: Works, layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
     """A row for each model, context, number of rows and chip: both predictions in ms, and ours over MLX's."""
-    found = []
-    for model, rows, context in steps(scope):
-        ours = our_step(model, rows, context, scope)
-        layer = layers["mlx_qk_norm" if model.heads.has_qk_norm else "mlx"]
-        for chip in PREDICTED:
-            mlx = mlx_step(model, rows, context, chip, scope)
-            levels = our_levels(model, layers["ours"], context)
-            ours_s = seconds(ours, works, levels, chip)
-            mlx_s = (
-                None if mlx is None else seconds(mlx, works, mlx_levels(model, layer, mlx), chip)
-            )
-            found.append(
-                {
-                    "model": model.name,
-                    "context": context,
-                    "rows": rows,
-                    "chip": chip.name,
-                    "ours_predicted_ms": _short(ours_s, 1e3),
-                    "mlx_predicted_ms": _short(mlx_s, 1e3),
-                    "ours_over_mlx": _short(ours_s / mlx_s if ours_s and mlx_s else None),
-                }
-            )
-    return found
+    return [
+        _predict(model, rows, context, chip, scope, works, layers)
+        for model, rows, context in steps(scope)
+        for chip in PREDICTED
+    ]
+
+
+def _predict(
+    model: Model,
+    rows: int,
+    context: int,
+    chip: Chip,
+    scope: Scope,
+    works: Works,
+    layers: Mapping[str, Layer],
+) -> dict[str, Any]:
+    ours, mlx = our_step(model, rows, context, scope), mlx_step(model, rows, context, chip, scope)
+    layer = layers["mlx_qk_norm" if model.heads.has_qk_norm else "mlx"]
+    row: dict[str, Any] = {
+        "model": model.name, "context": context, "rows": rows, "chip": chip.name
+    }  # fmt: skip
+    levels = our_levels(model, layers["ours"], context)
+    ours_s = seconds(ours, works, levels, chip)
+    if ours_s is not None:
+        dispatches = our_dispatches(model, layers["ours"], context)
+        row["ours"] = _side(ours_s, dispatches, levels, ours, works)
+    if mlx is not None and is_counted(mlx, works):
+        levels = mlx_levels(model, layer, mlx)
+        mlx_s = seconds(mlx, works, levels, chip)
+        dispatches = mlx_dispatches(model, layer, mlx, works)
+        row["mlx"] = _side(mlx_s, dispatches, levels, mlx, works)
+        row["ours_over_mlx"] = _short(ours_s / mlx_s if ours_s and mlx_s else None)
+    return {"ours": None, "mlx": None, "ours_over_mlx": None} | row
+
+
+def _side(
+    predicted_s: float | None, dispatches: float, levels: float, parts: Sequence[Part], works: Works
+) -> dict[str, float | None]:
+    moves = {name: _short(value) for name, value in moved(parts, works).items()}
+    facts = {"dispatches": _short(dispatches), "levels": _short(levels)}
+    return {"predicted_ms": _short(predicted_s, 1e3), **facts, **moves}
 
 
 def dispatch_rows(case: Case, works: Sequence[Work]) -> list[dict[str, Any]]:
@@ -125,24 +151,10 @@ def _short(value: float | None, times: float = 1.0) -> float | None:
 
 
 def make_markdown(result: Result) -> str:
-    """The tables: keys, calibration, predicted steps."""
-    parts = [_summary_table(result), _calibration_table(result), _steps_table(result)]
+    """The tables: keys, calibration, predicted steps, what these move."""
+    tables = (make_counts_table, _calibration_table, _steps_table, _traffic_table)
+    parts = [table(result) for table in tables]
     return "\n".join(parts)
-
-
-def _summary_table(result: Result) -> str:
-    lines = ["| counted | ours | MLX | what |", "|---|---|---|---|"]
-    for key, note in result["notes"].items():
-        ours, mlx = (result["summary"][name] for name in (key, f"mlx_{key}"))
-        lines.append(f"| `{key}` | {_cell(ours)} | {_cell(mlx)} | {note} |")
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    lines += ["", f"{versions}; {result['mode']} run. No figure was measured on a GPU."]
-    nulls = ", ".join(f"{name} {value:.2f}" for name, value in result["null"].items())
-    return "\n".join([*lines, f"Counted twice, the second over the first: {nulls}.", ""])
-
-
-def _cell(value: float | None) -> str:
-    return "not counted" if value is None else f"{value:.3f}"
 
 
 def _calibration_table(result: Result) -> str:
@@ -182,8 +194,36 @@ def _steps_table(result: Result) -> str:
 def _prediction(row: Mapping[str, Any]) -> str:
     if row["ours_over_mlx"] is None:
         return "not counted"
-    both = f"{row['ours_predicted_ms']:.3g} / {row['mlx_predicted_ms']:.3g}"
+    both = " / ".join(f"{row[side]['predicted_ms']:.3g}" for side in ("ours", "mlx"))
     return f"{row['ours_over_mlx']:.2f} ({both})"
+
+
+TRAFFIC = {
+    "dispatches": "dispatches",
+    "levels": "levels",
+    "unique_mb": "unique MB",
+    "weights_mb": "weights by threadgroup, MB",
+    "kv_mb": "keys and values by threadgroup, MB",
+    "asked_mb": "asked for, MB",
+}
+
+
+def _traffic_table(result: Result) -> str:
+    lines = [
+        f"Counted per step, ours / MLX's on {TRAFFIC_CHIP}.",
+        "",
+        f"| model | context | rows | {' | '.join(TRAFFIC.values())} |",
+        "|" + "---|" * (3 + len(TRAFFIC)),
+    ]
+    for row in result["steps"]:
+        if row["chip"] != TRAFFIC_CHIP:
+            continue
+        cells = [
+            " / ".join(f"{row[side][name]:.4g}" if row[side] else "-" for side in ("ours", "mlx"))
+            for name in TRAFFIC
+        ]
+        lines.append(f"| {row['model']} | {row['context']} | {row['rows']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def write_plot(python: Path, result: Path, picture: Path) -> str | None:

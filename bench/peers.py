@@ -30,7 +30,16 @@ from bench.peer_setup import Workplace, machine_facts, peer_versions, set_up
 from bench.table import make_markdown
 
 MODES = {"quick": QUICK, "full": FULL, "all": ALL, "tiny": TINY}
-UNMEASURED = {"table", "plot", "peer_report", "peer_summary", "processes", "kv_memory", "blas"}
+UNMEASURED = {
+    "table",
+    "plot",
+    "peer_report",
+    "peer_summary",
+    "processes",
+    "kv_memory",
+    "blas",
+    "donation",
+}
 WORKDIR = Path.home() / ".cache" / "mlx_edge" / "bench"
 
 
@@ -43,7 +52,11 @@ def fingerprint() -> str:
     """What our code is: a run never goes on with measurements of another version."""
     package = ROOT / "mlx_edge"
     paths = [p for p in package.rglob("*") if p.suffix in {".py", ".so", ".safetensors"}]
-    paths += [p for p in Path(__file__).parent.glob("*.py") if p.stem not in UNMEASURED]
+    paths += [
+        p
+        for p in Path(__file__).parent.glob("*.py")
+        if p.stem not in UNMEASURED and not p.stem.startswith("metal_")
+    ]
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.name.encode() + path.read_bytes())

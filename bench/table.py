@@ -12,7 +12,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 Result = dict[str, Any]
 NOISE = 0.1  # what ours against ours may be off before a run is called noisy
 RATES = {"prefill": "prompt of {}", "decode": "decode after {}", "batch_8": "8 rows, {}"}
@@ -160,11 +159,39 @@ def make_table() -> str:
     return text
 
 
+def make_counts_table(result: Result) -> str:
+    """Markdown: the keys of bench/metal_counts.py, ours beside MLX's."""
+
+    def cell(value: float | None) -> str:
+        return "not counted" if value is None else f"{value:.3f}"
+
+    lines = ["| counted | ours | MLX | what |", "|---|---|---|---|"]
+    for key, note in result["notes"].items():
+        ours, mlx = (result["summary"][name] for name in (key, f"mlx_{key}"))
+        lines.append(f"| `{key}` | {cell(ours)} | {cell(mlx)} | {note} |")
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines += ["", f"{versions}; {result['mode']} run. No figure was measured on a GPU."]
+    nulls = ", ".join(f"{name} {value:.2f}" for name, value in result["null"].items())
+    return "\n".join([*lines, f"Counted twice, the second over the first: {nulls}.", ""])
+
+
+def make_metal_table() -> str:
+    """What the README shows of the Metal kernels."""
+    counts = RESULTS / "metal_counts.json"
+    return make_counts_table(json.loads(counts.read_text())) if counts.exists() else ""
+
+
+BLOCKS = {"bench": make_table, "metal": make_metal_table}
+
+
 def replaced(text: str) -> str:
     """The README's text with the tables put between their marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + make_table() + END + after
+    for name, make in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = before + begin + make() + end + after
+    return text
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_edge.generate import make_parser
+from mlx_edge import benchmark, generate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +19,8 @@ def test_benchmark_table_is_made_from_the_results() -> None:
 
 def test_flags_named_in_the_readme_exist() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--editable"}
-    known = {flag for action in make_parser()._actions for flag in action.option_strings}
+    parsers = [command.make_parser() for command in (generate, benchmark)]
+    known = {flag for p in parsers for action in p._actions for flag in action.option_strings}
     assert named <= known
 
 

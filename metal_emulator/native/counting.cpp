@@ -10,9 +10,9 @@
 namespace emu {
 
 enum Kind : emu_u32 { DEVICE_READ, DEVICE_WRITE, THREADGROUP_READ, THREADGROUP_WRITE };
-constexpr emu_u32 LINE_SHIFT = 7;        // 128 bytes
-constexpr emu_u64 MERGE_BYTES = 16;      // the widest access of a lane
-constexpr emu_u64 MERGE_DISTANCE = 64;   // how far on in a lane's log a mergeable access is looked for
+constexpr emu_u32 LINE_SHIFT = 7;              // 128 bytes
+constexpr emu_u64 MERGE_BYTES = 16;            // the widest access of a lane
+constexpr emu_u64 MERGE_DISTANCE = 64;         // how far on in a lane's log a mergeable access is looked for
 constexpr emu_u32 BANKS = 32, BANK_SHIFT = 2;  // modelled: a word of 4 bytes from each bank in a cycle
 
 struct LoggedAccess {

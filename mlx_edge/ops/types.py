@@ -223,7 +223,11 @@ class TailHandle(KVHandle, Protocol):
     """A cache whose tail is a value: a kernel reads it and makes the next one; nothing is written that is read."""
 
     keep: int  # positions that are always seen
-    packing: tuple[int, int]  # at the next step: bits and group size, 0 and 0 for floats
+
+    @property
+    def packing(self) -> tuple[int, int]:
+        """Bits and group size of the rows that the next step stores; 0 and 0 for floats."""
+        ...
 
     def open_step(self, like: mx.array, meta: StepMeta) -> StoredPlanes:
         """What is stored before the step, whose rows will have the shape and dtype of `like` (B, K, L, D)."""

@@ -289,6 +289,11 @@ def test_a_run_counts_each_case_once_and_reports(
     assert result["summary"]["weight_bytes_ratio_m8"] == 1.0
     assert result["null"] == {"ours": 1.0, "mlx": 1.0}
     assert len(result["steps"]) == 2 * len(PREDICTED)
+    step = result["steps"][0]
+    assert (step["ours"]["dispatches"], step["mlx"]["dispatches"]) == (2 * 6 + 9, 2 * 17 + 9)
+    assert step["mlx"]["levels"] == 2 * 12 + 5
+    weights = sum(matrix.lines for matrix in TINY.projections.values()) * 2 + TINY.head.lines
+    assert step["ours"]["weights_mb"] == pytest.approx(weights * LINE / 1e6, rel=1e-3)
     tables = make_markdown(result)
     assert "not counted" in tables
     assert all(f"`{key}`" in tables for key in KEYS)

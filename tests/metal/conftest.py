@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 
 from mlx_edge.ops import metal_launch
+from mlx_edge.ops.metal import missing_for_emulator
+
+WITHOUT_GPU = {"test_donation.py", "test_sources.py"}
+LIMIT_MS = 20_000  # of one launch: a seeded bug may loop for ever
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FirstFailure(report))
 
 
+@pytest.fixture(autouse=True)
+def emulated_gpu(request: pytest.FixtureRequest) -> None:
+    """Skip in words where kernels cannot run."""
+    lacking = missing_for_emulator()
+    if lacking is not None and request.node.path.name not in WITHOUT_GPU:
+        pytest.skip(f"no emulated GPU: {lacking}")
+
+
 class FirstFailure:
     """Notes the first test that fails with the kind of the emulator's finding, and a digest of the code that ran."""
 
@@ -34,8 +46,9 @@ class FirstFailure:
         self._libraries: set[Path] = set()
 
     def pytest_sessionstart(self) -> None:
-        from metal_emulator import device
+        from metal_emulator import device, runtime
 
+        runtime.load_runtime().emu_limit_time(LIMIT_MS)
         compile_generated = device.compile_generated
 
         def noting(*args: Any) -> Any:

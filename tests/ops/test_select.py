@@ -79,7 +79,8 @@ def test_reference_ops_have_gradients() -> None:
 def test_unknown_names_are_refused() -> None:
     with (
         pytest.raises(
-            InvalidRequestError, match="'vulkan'; this build has metal, cpu, emulated, reference and auto"
+            InvalidRequestError,
+            match="'vulkan'; this build has metal, cpu, emulated, reference and auto",
         ),
         ops.use("vulkan"),
     ):

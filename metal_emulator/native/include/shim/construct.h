@@ -55,7 +55,7 @@ EMU_FUNC V emu_vector(A a, B b, C... c) {
   return v;
 }
 
-// `pointer += object` where the object converts to an integer: clang's own operator takes no pointer in `thread` memory.
+// `pointer += object` where the object converts to an integer: clang takes no pointer that lies in `thread` memory.
 #define EMU_MOVE_POINTER(op)                                                                                   \
   template <class T, class I, class = metal::enable_if_t<__is_class(I) && __is_convertible(I, long)>>          \
   EMU_FUNC T* thread& operator op##=(T* thread& pointer, I by) {                                               \
