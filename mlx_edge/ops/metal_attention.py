@@ -11,7 +11,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from mlx_edge.ops.metal_launch import Kernel
+from mlx_edge.ops.metal_launch import Kernel, Template
 from mlx_edge.ops.types import Norm, Rope, StoredPlanes
 
 CHUNK = 32  # positions of a simdgroup; a tail begins at a multiple of it
@@ -150,18 +150,12 @@ def attend(
             ("D", head_dim),
             ("G", group),
             ("ROWS", min(BLOCK_ROWS, 1 << (group * positions.width - 1).bit_length())),
-            ("DIMS", 0 if rope is None else rope.dims),
-            ("PAIRED", rope is not None and rope.is_interleaved),
-            ("NORM", (q_norm is not None) + 2 * (k_norm is not None)),
-            *([("BITS", stored.bits), ("GROUP", stored.group_size)] if stored.bits else []),
+            *_variants(stored, rope, q_norm, k_norm),
         ],
         grid=(PART * num_kv_heads, batch, parts),
         threadgroup=(PART, 1, 1),
         shapes=_shapes(heads_of_rows, head_dim, parts, tail),
-        dtypes=[
-            *([qkv.dtype] if parts == 1 else [mx.float32] * 2),
-            *(plane.dtype for plane in tail),
-        ],
+        dtypes=[*([qkv.dtype] if parts == 1 else [mx.float32] * 2), *(p.dtype for p in tail)],
     )
     heads, next_tail = results[: -len(tail)], tuple(results[-len(tail) :])
     if parts > 1:
@@ -174,6 +168,20 @@ def attend(
             dtypes=[qkv.dtype],
         )
     return heads[0], next_tail
+
+
+def _variants(
+    stored: StoredPlanes, rope: Rope | None, q_norm: Norm | None, k_norm: Norm | None
+) -> Template:
+    """What is done to a row, and how it is stored."""
+    variants: list[tuple[str, int | bool]] = [
+        ("DIMS", 0 if rope is None else rope.dims),
+        ("PAIRED", rope is not None and rope.is_interleaved),
+        ("NORM", (q_norm is not None) + 2 * (k_norm is not None)),
+    ]
+    if stored.bits:
+        variants += [("BITS", stored.bits), ("GROUP", stored.group_size)]
+    return variants
 
 
 def _shapes(

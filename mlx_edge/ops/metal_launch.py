@@ -22,6 +22,9 @@ Size = tuple[int, int, int]
 
 _INCLUDE = re.compile(r'^\s*#include "(\w+\.metal)"\s*$', re.MULTILINE)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+# Spaces that no token needs: beside punctuation, and around a sum whose two sides are words or brackets.
+_SPACE = re.compile(r"\s*([*/%<>=!|?:;,(){}\[\]^~])\s*")
+_SUM_SPACE = re.compile(r"(?<=[\w)\]])\s+([-+]|&&?)\s+(?=[\w(])")
 
 
 class Device(Protocol):
@@ -93,7 +96,7 @@ def _made(kernel: Kernel, device: Hashable) -> Callable[..., Any]:
 
 @cache
 def read_source(file: str) -> str:
-    """A family's text with what it includes, once each, without comments and blank lines."""
+    """A family's text with what it includes, once each, without comments, blank lines and most spaces."""
     seen: set[str] = set()
 
     def flatten(name: str) -> str:
@@ -103,8 +106,12 @@ def read_source(file: str) -> str:
         text = _folder().joinpath(name).read_text(encoding="utf-8")
         return _INCLUDE.sub(lambda match: flatten(match[1]), text)
 
-    lines = (line.strip() for line in _COMMENT.sub("", flatten(file)).splitlines())
+    lines = (_tighten(line.strip()) for line in _COMMENT.sub("", flatten(file)).splitlines())
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def _tighten(line: str) -> str:
+    return line if line.startswith("#") else _SUM_SPACE.sub(r"\1", _SPACE.sub(r"\1", line))
 
 
 def _folder() -> Any:

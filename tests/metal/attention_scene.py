@@ -148,6 +148,7 @@ class Scene:
             values[:, 0, size:] = np.abs(values[:, 0, size:]) + 1
             values[:, 1, :size] = -np.abs(values[:, 1, :size]) - 1
             values[:, 1, size:] = -0.375
+            values[:, 2, :size] = 1e-8  # less than half of the smallest step
         return mx.array(rows).astype(self.dtype)
 
     def qkv(self) -> mx.array:

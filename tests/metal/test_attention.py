@@ -88,8 +88,8 @@ PACKED = {
     "4 bit, 192 by 32": Scene((40,), (2,), 2, dim=192, bits=4),
     "8 bit, 256 by 128": Scene((40,), (3,), 3, dim=256, bits=8, group_size=128, dtype=BF16),
     "4 bit, 256 by 64": Scene((40,), (3,), 3, dim=256, bits=4, group_size=64),
-    "4 bit, odd values": Scene((40,), (2,), 2, bits=4, has_odd_values=True),
-    "8 bit, odd values": Scene((40,), (2,), 2, bits=8, has_odd_values=True, dtype=HALF),
+    "4 bit, odd values": Scene((40,), (3,), 3, bits=4, has_odd_values=True),
+    "8 bit, odd values": Scene((40,), (3,), 3, bits=8, has_odd_values=True, dtype=HALF),
     "keep": Scene((400,), (2,), 2, window=20, ring=64, keep=4, bits=4, has_sinks=True),
     "tail over two parts": Scene((250,), (10,), 10, tail_starts=(224,), bits=8),
 }
