@@ -33,7 +33,7 @@ EXPLAINED = ROOT / "tests" / "metal" / "survivors.json"
 LIMIT_S = 900  # a mutant that loops for ever is caught by this
 
 # Which tests exercise a file. What they share is in all of their kernels.
-PRODUCTS = ("test_qmv_launches.py", "test_qmv.py")
+PRODUCTS = ("test_qmv_launches.py", "test_qmv.py", "test_qmm_small.py")
 ATTENTION = ("test_attention.py", "test_attention_bits.py", "test_attention_launch.py")
 TESTS = {
     "unpack.metal": PRODUCTS,
