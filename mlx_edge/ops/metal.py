@@ -67,14 +67,20 @@ def missing_for_emulator() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _is_exact(x: mx.array) -> bool:
+    """Whether rows must have the bits that they have alone: those of one sequence, as drafts are held against
+    what decoding would have said. A batch of single tokens may take the faster 8x8 matrices."""
+    return x.shape[-2] > 1
+
+
 def linear(x: mx.array, weights: Linear) -> mx.array:
     """As `ops.linear`."""
-    return _back(qmv_norm(_rows(x), None, [weights]), x)
+    return _back(qmv_norm(_rows(x), None, [weights], exact=_is_exact(x)), x)
 
 
 def head(x: mx.array, weights: HeadWeights) -> mx.array:
     """As `ops.head`: the norm is in the product."""
-    return _back(qmv_norm(_rows(x), weights.norm, [weights.projection]), x)
+    return _back(qmv_norm(_rows(x), weights.norm, [weights.projection], exact=_is_exact(x)), x)
 
 
 def attention_block(
@@ -82,7 +88,8 @@ def attention_block(
 ) -> mx.array:
     """As `ops.attention_block`; the cache gets its next tail from the kernel."""
     rows = _rows(x)
-    qkv = _project(rows, weights)
+    exact = _is_exact(x)
+    qkv = _project(rows, weights, exact)
     shape = (x.shape[0], weights.num_kv_heads, x.shape[1], weights.head_dim)
     stored = kv.open_step(_like(shape, x.dtype), meta)
     heads, tail = attend(
@@ -98,7 +105,7 @@ def attention_block(
         k_norm=weights.k_norm,
     )
     kv.close_step(tail, meta)
-    return _back(qmv_res(heads, weights.o, rows), x)
+    return _back(qmv_res(heads, weights.o, rows, exact=exact), x)
 
 
 @lru_cache(maxsize=16)
@@ -124,20 +131,21 @@ def _place(meta: StepMeta, stored: StoredPlanes, window: int | None) -> Position
 _placed = lru_cache(maxsize=8)(place)
 
 
-def _project(rows: mx.array, weights: AttentionWeights) -> mx.array:
+def _project(rows: mx.array, weights: AttentionWeights, exact: bool) -> mx.array:
     """Queries, keys and values side by side; one launch where their weights have one format, else a copy joins them."""
     projections = [weights.q, weights.k, weights.v]
     if have_one_format(projections):
-        return qmv_norm(rows, weights.norm, projections)
-    parts = [qmv_norm(rows, weights.norm, [one]) for one in projections]
+        return qmv_norm(rows, weights.norm, projections, exact=exact)
+    parts = [qmv_norm(rows, weights.norm, [one], exact=exact) for one in projections]
     return mx.concatenate(parts, axis=-1)
 
 
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     """As `ops.mlp_block`."""
     rows = _rows(x)
-    inner = qmv_glu(rows, weights.norm, weights.gate, weights.up, weights.activation)
-    return _back(qmv_res(inner, weights.down, rows), x)
+    gate, up, activation, exact = weights.gate, weights.up, weights.activation, _is_exact(x)
+    inner = qmv_glu(rows, weights.norm, gate, up, activation, exact=exact)
+    return _back(qmv_res(inner, weights.down, rows, exact=exact), x)
 
 
 def _rows(x: mx.array) -> mx.array:
@@ -193,26 +201,26 @@ def leave(op: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _describe_attention_block(
-    x: mx.array, weights: AttentionWeights, kv: TailHandle, _rope: Rope | None, meta: StepMeta
+    x: mx.array, weights: AttentionWeights, kv: TailHandle, _rope: Rope | None, _meta: StepMeta
 ) -> str:
-    rows, projections = _rows(x), [weights.q, weights.k, weights.v]
-    names = [describe(rows, projections)]
+    rows, exact, projections = _rows(x), _is_exact(x), [weights.q, weights.k, weights.v]
+    names = [describe(rows, projections, exact=exact)]
     if not have_one_format(projections):
-        names = [*(describe(rows, [one]) for one in projections), "concatenate"]
+        names = [*(describe(rows, [one], exact=exact) for one in projections), "concatenate"]
     attention = "attn_decode_q" if any(kv.packing) else "attn_decode"
     names.append(f"{attention}, then attn_combine beyond {PART} positions")
-    return ", ".join([*names, describe(rows, [weights.o], "res")])
+    return ", ".join([*names, describe(rows, [weights.o], "res", exact=exact)])
 
 
 def _describe_mlp_block(x: mx.array, weights: MLPWeights) -> str:
-    rows = _rows(x)
-    glu = describe(rows, [weights.gate, weights.up], "glu")
-    return f"{glu}, {describe(rows, [weights.down], 'res')}"
+    rows, exact = _rows(x), _is_exact(x)
+    glu = describe(rows, [weights.gate, weights.up], "glu", exact=exact)
+    return f"{glu}, {describe(rows, [weights.down], 'res', exact=exact)}"
 
 
 def _describe_linear(x: mx.array, weights: Linear | HeadWeights) -> str:
     linears = [weights.projection if isinstance(weights, HeadWeights) else weights]
-    return describe(_rows(x), linears)
+    return describe(_rows(x), linears, exact=_is_exact(x))
 
 
 def _refuse_product(x: mx.array, weights: Linear | HeadWeights) -> str | None:

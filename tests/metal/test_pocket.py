@@ -69,6 +69,27 @@ def test_a_layer_is_the_reference_with_a_window_a_prefix_and_packed_rows() -> No
         assert caches[0].offset == caches[1].offset
 
 
+def test_single_rows_of_a_batch_meet_on_matrices_and_drafts_do_not() -> None:
+    from mlx_edge.cache import KVCache, prepare_step
+    from tests.metal.layers import make_layer
+
+    attention, mlp, rope = make_layer()
+    caches = [KVCache(), KVCache()]
+    for width in (3, 1):
+        x = mx.random.normal((5, width, 64))
+        meta = ops.StepMeta.uniform(caches[0].offset, batch_size=5, width=width)
+        found = []
+        for backend, cache in zip(("emulated", "reference"), caches, strict=True):
+            prepare_step([cache])
+            with ops.use(backend):
+                if backend == "emulated":
+                    kernel = "qmv_glu" if width > 1 else "qmm_glu"
+                    assert kernel in str(ops.choose("mlp_block", x, mlp))
+                y = ops.attention_block(x, attention, cache, rope, meta)
+                found.append(ops.mlp_block(y, mlp))
+        assert mx.abs(found[0] - found[1]).max().item() < 2e-4
+
+
 def test_a_kernel_that_is_left_out_is_no_error_but_a_refusal_is() -> None:
     from tests.metal.layers import make_linear
 

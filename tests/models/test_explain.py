@@ -29,7 +29,7 @@ def test_the_metal_kernels_name_their_launches() -> None:
         "runs on emulated (qmv_norm, attn_decode, then attn_combine beyond 256 positions, qmv_res)"
         in text
     )
-    assert "runs on emulated (qmm_glu, qmm_res)" in text
+    assert "runs on emulated (qmv_glu, qmv_res)" in text
     assert (
         "32 rows; more than 16 are left to MLX's own kernels; mlp_block runs on reference" in text
     )
