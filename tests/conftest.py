@@ -1,7 +1,12 @@
-"""What all tests share: packed weights go to a folder of the run, not to the user's cache."""
+"""What all tests share: packed weights go to a folder of the run, not to the user's cache; Ctrl-C reaches processes."""
 
 import os
+import signal
 import tempfile
 
 # Set before anything is imported, and inherited by the workers and by every process that a test starts.
 os.environ.setdefault("MLX_EDGE_CACHE", tempfile.mkdtemp(prefix="mlx_edge_packed_"))
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
