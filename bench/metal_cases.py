@@ -210,7 +210,7 @@ class MLXUnfusedAttention(Case):
         kernel = MLXKernel(headers, "affine_qvm_split_k", template)
         grid = (1, ceil_div(dim, 64), parts)
         made, ran = launch(COUNT, kernel, inputs, {"y": ((parts, dim), DTYPE)}, grid, (32, 2, 1))
-        return [ran, mlx_products._sum_launch(COUNT, made["y"], mx.zeros((dim,), DTYPE))]
+        return [ran, mlx_products.sum_launch(COUNT, made["y"], mx.zeros((dim,), DTYPE))]
 
     def _times(self, work: Work) -> Work:
         scaled = work.scaled(self.heads.num_heads)

@@ -187,14 +187,14 @@ def qmm_splitk(how: How, x: mx.array, weights: Weights) -> Result:
         (32, 2, 2),
     )
     y = made["y"].sum(axis=0).astype(x.dtype)
-    return Result(y, (ran, _sum_launch(how, made["y"], y)))
+    return Result(y, (ran, sum_launch(how, made["y"], y)))
 
 
 def _sizes(x: mx.array, weights: Weights) -> dict[str, mx.array | Array]:
     return {"K": int32(weights.columns), "N": int32(weights.rows), "M": int32(int(x.shape[0]))}
 
 
-def _sum_launch(how: How, parts: mx.array, y: mx.array) -> Launch:
+def sum_launch(how: How, parts: mx.array, y: mx.array) -> Launch:
     """The launch that sums the parts. It is not emulated: its counts are each byte read once, each written once."""
     counts = None
     if how.mode == "count":

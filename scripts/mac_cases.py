@@ -17,10 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from metal_items import Array, Golden, Item, list_items, load_goldens, read_bits
+from metal_items import Array, Golden, Item, list_items, load_goldens, read_bits, run_on
 
-from mlx_edge import ops
-from mlx_edge.errors import HardwareNotSupportedError
 from mlx_edge.ops import metal, metal_launch
 
 Result = dict[str, Any]
@@ -118,16 +116,9 @@ def run_item(item: Item, backend: str, golden: Golden) -> Result:
         return {
             "failure": "the inputs drawn here are not those of the golden: nothing was compared"
         }
-    arguments = item.inputs.arguments()
-    with ops.use(backend):
-        try:
-            choice = ops.choose(item.op, *arguments)
-        except HardwareNotSupportedError as error:
-            return {"left": str(error)}
-        if choice.backend.name != backend:
-            return {"left": "; ".join(choice.refusals)}
-        found = getattr(ops, item.op)(*arguments)
-        mx.eval(found)
+    found = run_on(item, backend)
+    if isinstance(found, str):
+        return {"left": found}
     return compare(found, golden)
 
 

@@ -9,7 +9,6 @@ random inside their kernel's contract.
 """
 
 import sys
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +21,7 @@ from metal_items import (
     Item,
     list_items,
     read_bits,
+    run_on,
     save_goldens,
 )
 from tqdm import tqdm
@@ -29,7 +29,6 @@ from tqdm import tqdm
 from mlx_edge import ops
 from mlx_edge.cache import QuantizedRows
 from mlx_edge.cache.quantized import dequantize_float64
-from mlx_edge.errors import HardwareNotSupportedError
 from mlx_edge.ops.cases import BlockCase
 from tests.ops import oracle
 
@@ -146,16 +145,8 @@ def judge(item: Item) -> tuple[Array, Array]:
 
 def run_emulated(item: Item) -> Array:
     """The emulator's bits; none where no kernel serves the item."""
-    arguments: tuple[Any, ...] = item.inputs.arguments()
-    nothing = np.array([], np.uint32)
-    with ops.use("emulated"):
-        try:
-            choice = ops.choose(item.op, *arguments)
-        except HardwareNotSupportedError:
-            return nothing
-        if choice.backend.name != "emulated":
-            return nothing
-        return read_bits(getattr(ops, item.op)(*arguments))
+    found = run_on(item, "emulated")
+    return np.array([], np.uint32) if isinstance(found, str) else read_bits(found)
 
 
 def make_golden(item: Item) -> Golden:

@@ -3,7 +3,7 @@
 An item is one op on one TEST case of `mlx_edge/ops/cases.py` in one dtype, or on one of a few longer cases. Inputs are
 drawn from the item's name with arithmetic that is exact on every machine; nothing is quantized on the way. A golden
 holds the oracle's numbers, how far off the contract of `metal_kernels/README.md` allows a result to be, and the
-emulator's bits. Knows neither oracle nor device: `make_metal_goldens.py` makes the goldens, `mac_cases.py` compares.
+emulator's bits. Knows no oracle and no device: `make_metal_goldens.py` makes the goldens, `mac_cases.py` compares.
 """
 
 import zlib
@@ -19,6 +19,7 @@ import numpy as np
 from mlx_edge import ops
 from mlx_edge.cache import KVCache, QuantizedRows, prepare_step
 from mlx_edge.cache.rows import FloatRows
+from mlx_edge.errors import HardwareNotSupportedError
 from mlx_edge.ops.cases import TEST, BlockCase, LinearCase
 
 Array = np.ndarray[Any, Any]
@@ -218,6 +219,21 @@ def _draw_attention(draw: Draw, case: BlockCase) -> ops.AttentionWeights:
         k_norm=draw.norm(case.head_dim) if case.has_qk_norm else None,
         window=case.window,
     )
+
+
+def run_on(item: Item, backend: str) -> mx.array | str:
+    """The item's result on a backend's kernels, or in words why none serves it."""
+    arguments = item.inputs.arguments()
+    with ops.use(backend):
+        try:
+            choice = ops.choose(item.op, *arguments)
+        except HardwareNotSupportedError as error:
+            return str(error)
+        if choice.backend.name != backend:
+            return "; ".join(choice.refusals)
+        found: mx.array = getattr(ops, item.op)(*arguments)
+        mx.eval(found)
+    return found
 
 
 def read_bits(array: mx.array) -> Array:

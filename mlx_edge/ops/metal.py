@@ -218,14 +218,16 @@ def _describe_mlp_block(x: mx.array, weights: MLPWeights) -> str:
     return f"{glu}, {describe(rows, [weights.down], 'res', exact=exact)}"
 
 
+def _projection(weights: Linear | HeadWeights) -> Linear:
+    return weights.projection if isinstance(weights, HeadWeights) else weights
+
+
 def _describe_linear(x: mx.array, weights: Linear | HeadWeights) -> str:
-    linears = [weights.projection if isinstance(weights, HeadWeights) else weights]
-    return describe(_rows(x), linears, exact=_is_exact(x))
+    return describe(_rows(x), [_projection(weights)], exact=_is_exact(x))
 
 
 def _refuse_product(x: mx.array, weights: Linear | HeadWeights) -> str | None:
-    linears = [weights.projection if isinstance(weights, HeadWeights) else weights]
-    return refuse(_rows(x), linears)
+    return refuse(_rows(x), [_projection(weights)])
 
 
 Run = Callable[..., mx.array]

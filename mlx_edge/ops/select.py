@@ -49,6 +49,9 @@ class Backend:
         lacking = self.missing()
         if lacking is not None:
             return lacking
+        left = self.leave(op, args)
+        if left is not None:
+            return left
         implementation = self.ops.get(op)
         if implementation is None:
             return f"has no {op}"
@@ -189,14 +192,13 @@ def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
     for backend in BACKENDS:
         if backend.name != forced and (forced is not None or not backend.is_for_all):
             continue
-        left = backend.leave(op, args) if backend.missing() is None else None
-        refusal = left or backend.refusal(op, args, kwargs)
+        refusal = backend.refusal(op, args, kwargs)
         if refusal is None:
             describe = backend.ops[op].describe
             details = describe and partial(describe, *args, **kwargs)
             return Choice(op, backend, tuple(refusals), details)
         refusals.append(f"{backend.name}: {refusal}")
-        if forced is not None and left is not None:
+        if forced is not None and backend.missing() is None and backend.leave(op, args):
             return Choice(op, REFERENCE, tuple(refusals))
     raise HardwareNotSupportedError(
         f"{op} was asked to run on {forced} and cannot: {'; '.join(refusals)}; "
