@@ -206,14 +206,14 @@ def make_bench(files: list[str], folder: Path) -> Bench:
     """Run all tests once with nothing seeded; raises SystemExit when one fails."""
     cache = folder / "warm"
     cache.mkdir()
-    codes = {}
-    for file in tqdm(files, desc="nothing seeded", unit="file"):
+    codes: dict[tuple[str, ...], str] = {}
+    for file in tqdm({TESTS[file]: file for file in files}.values(), desc="nothing seeded"):
         with tempfile.TemporaryDirectory() as place:
             found = run_tests(file, KERNELS, cache, Path(place))
         if found.get("test"):
             raise SystemExit(f"{found['test']} fails with nothing seeded: {found['message']}")
-        codes[file] = found["code"]
-    return Bench(cache, codes)
+        codes[TESTS[file]] = found["code"]
+    return Bench(cache, {file: codes[TESTS[file]] for file in files})
 
 
 def try_all(bench: Bench, mutants: Iterator[Mutant], number: int, workers: int) -> list[Verdict]:

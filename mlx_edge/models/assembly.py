@@ -12,8 +12,8 @@ from mlx_edge.errors import ModelFormatError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, Layer
 from mlx_edge.models.packing import Packer
-from mlx_edge.models.quantization import Packing
 from mlx_edge.models.rope import make_rope
+from mlx_edge.quant import Packing
 from mlx_edge.weights import Checkpoint
 
 FLOATS = ("F32", "F16", "BF16")
@@ -42,23 +42,34 @@ class Assembler:
 
         Raises: ModelFormatError for a tensor that is missing, left over, or of another shape or dtype.
         """
-        config, family = self._config, self._config.family
-        table = self._linear(family.embedding, config.vocab_size, config.hidden_size)
+        config = self._config
+        embedding = self.embedding()
         rope = make_rope(config.rope, config.head_dim)
-        layers = tuple(self._layer(index, rope) for index in range(config.num_layers))
-        norm = self._norm(family.final_norm, config.hidden_size)
+        layers = tuple(self.layer(index, rope) for index in range(config.num_layers))
         decoder = Decoder(
             config,
-            ops.Embedding(table),
+            embedding,
             layers,
-            ops.HeadWeights(norm, self._head(table)),
+            self.head(embedding),
             self._checkpoint,
             self._checkpoint.report,
         )
         self._refuse_unused()
         return decoder
 
-    def _head(self, table: ops.Linear) -> ops.Linear:
+    def embedding(self) -> ops.Embedding:
+        """The token table."""
+        config = self._config
+        return ops.Embedding(
+            self._linear(config.family.embedding, config.vocab_size, config.hidden_size)
+        )
+
+    def head(self, embedding: ops.Embedding) -> ops.HeadWeights:
+        """The final norm, and the head: the token table itself where the two are tied."""
+        norm = self._norm(self._config.family.final_norm, self._config.hidden_size)
+        return ops.HeadWeights(norm, self._projection(embedding.table))
+
+    def _projection(self, table: ops.Linear) -> ops.Linear:
         config, name = self._config, self._config.family.head
         is_tied = config.is_tied
         if is_tied is None:
@@ -69,7 +80,8 @@ class Assembler:
         self._unused -= {f"{name}.{part}" for part in ("weight", "scales", "biases")}
         return table
 
-    def _layer(self, index: int, rope: ops.Rope) -> Layer:
+    def layer(self, index: int, rope: ops.Rope) -> Layer:
+        """One layer; `rope` is shared by those that turn their heads."""
         config, family = self._config, self._config.family
         prefix = family.layer.format(index=index)
         hidden, inner = config.hidden_size, config.intermediate_size

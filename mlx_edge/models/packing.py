@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edge import ops
-from mlx_edge.models.quantization import Packing, Quantization
+from mlx_edge.models.quantization import Quantization
 from mlx_edge.ops.cpu import extension
+from mlx_edge.quant import Packing
 from mlx_edge.weights import Checkpoint, PackedFile, PackReport, Part, open_packed
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
 

@@ -5,23 +5,7 @@ from dataclasses import dataclass, field
 
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.fields import Fields
-
-# Bits and group sizes of each mode, the first of them its default. All but affine have uint8 scales and no offsets.
-MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((4, 1, 2, 3, 5, 6, 8), (64, 32, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How one weight is packed: `bits` per value, a scale (affine: and an offset) per `group_size` values."""
-
-    group_size: int
-    bits: int
-    mode: str = "affine"
+from mlx_edge.quant import MODES, Packing
 
 
 @dataclass(frozen=True)

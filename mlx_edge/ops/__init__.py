@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
+from mlx_edge.ops.reference import watch_inputs
 from mlx_edge.ops.select import (
     choose,
     observe,
@@ -77,6 +78,7 @@ __all__ = [
     "use",
     "uses_cpu_kernels",
     "uses_metal_kernels",
+    "watch_inputs",
 ]
 
 

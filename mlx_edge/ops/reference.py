@@ -4,7 +4,9 @@ A fast implementation has the same signature and is tested against float64 besid
 the only differentiable ops. Nothing here knows which device it runs on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any
 
@@ -32,9 +34,25 @@ SCORE_ELEMENTS = (
     1 << 24
 )  # scores held at once; longer prompts go through attention in blocks of queries
 
+Watcher = Callable[[Linear, mx.array], None]  # a weight's record, and the x (..., E) that meets it
+_watcher: ContextVar[Watcher | None] = ContextVar("mlx_edge_watcher", default=None)
+
+
+@contextmanager
+def watch_inputs(watcher: Watcher) -> Iterator[None]:
+    """Show `watcher` what goes into every linear of the reference ops inside, in this thread, also within blocks."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
 
 def linear(x: mx.array, weights: Linear) -> mx.array:
     """x (..., E) times the transposed weight (N, E), plus its bias: (..., N) in x's dtype."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(weights, x)
     weights = _restore(weights)
     if isinstance(weights, Dense):
         y = x @ weights.weight.astype(x.dtype).T

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.families import FAMILIES
-from mlx_edge.models.quantization import Packing
+from mlx_edge.quant import Packing
 from tests.models.tiny import CONFIGS, LLAMA3_ROPE
 
 LLAMA = CONFIGS["llama2"]

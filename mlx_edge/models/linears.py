@@ -1,0 +1,59 @@
+"""The linear layers of a decoder by the names that they have in files: found, and replaced by others.
+
+Knows which names a family gives them; nothing of what is in them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mlx_edge import ops
+from mlx_edge.models.config import ModelConfig
+from mlx_edge.models.decoder import Layer
+
+ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "output"}  # field -> the family's word
+MLP = {"gate": "gate", "up": "up", "down": "down"}
+
+
+def find_linears(layer: Layer, config: ModelConfig, index: int) -> dict[str, ops.Linear]:
+    """The linears of layer `index`, by name (`model.layers.0.self_attn.q_proj`), in the order of their use."""
+    names = _names(config, index)
+    parts = {"attention": layer.attention, "mlp": layer.mlp}
+    return {name: getattr(parts[part], field) for (part, field), name in names.items()}
+
+
+def replace_linears(
+    layer: Layer, config: ModelConfig, index: int, linears: Mapping[str, ops.Linear]
+) -> Layer:
+    """The layer with the named linears in place of its own; the others stay."""
+    names = _names(config, index)
+
+    def chosen(wanted: str) -> dict[str, Any]:
+        return {
+            field: linears[name]
+            for (part, field), name in names.items()
+            if part == wanted and name in linears
+        }
+
+    return replace(
+        layer,
+        attention=replace(layer.attention, **chosen("attention")),
+        mlp=replace(layer.mlp, **chosen("mlp")),
+    )
+
+
+def layer_of(name: str, config: ModelConfig) -> int | None:
+    """The index of the layer that a tensor belongs to, or None for one of the embedding or the head."""
+    before, _, after = config.family.layer.partition("{index}")
+    if not name.startswith(before):
+        return None
+    number, found, _ = name.removeprefix(before).partition(after)
+    return int(number) if found and number.isdigit() else None
+
+
+def _names(config: ModelConfig, index: int) -> dict[tuple[str, str], str]:
+    family = config.family
+    prefix = family.layer.format(index=index)
+    fields = [("attention", f, w) for f, w in ATTENTION.items()]
+    fields += [("mlp", f, w) for f, w in MLP.items()]
+    return {(part, field): prefix + getattr(family, word) for part, field, word in fields}
