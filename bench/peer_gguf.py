@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf  # type: ignore[import-not-found]
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 

@@ -5,7 +5,7 @@ from importlib import import_module
 
 from mlx_edge.command import USAGE_ERROR
 
-COMMANDS = ("generate", "chat", "cache_prompt", "benchmark")
+COMMANDS = ("generate", "chat", "cache_prompt", "convert", "benchmark")
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -172,8 +172,12 @@ class Bench:
             shutil.copytree(KERNELS, kernels)
             place = kernels / mutant.file
             place.write_text(mutant.apply(place.read_text()))
+            cache = Path(folder) / "cache"
+            shutil.copytree(
+                self.cache, cache, copy_function=os.link
+            )  # what it compiles goes with it
             try:
-                found = run_tests(mutant.file, kernels, self.cache, Path(folder))
+                found = run_tests(mutant.file, kernels, cache, Path(folder))
             except subprocess.TimeoutExpired:
                 return Verdict(mutant, "caught", f"no end within {LIMIT_S} s")
         if found.get("kind") == "compile":
@@ -186,15 +190,13 @@ class Bench:
 
 def run_tests(file: str, kernels: Path, cache: Path, folder: Path) -> dict[str, str]:
     """Run a file's tests on a folder of kernels, up to the first failure: what failed, or a digest of the code run."""
-    own_cache = folder / "cache"
-    shutil.copytree(cache, own_cache, copy_function=os.link)  # what a mutant compiles goes with it
     report = folder / "report.json"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
     command += ["--metal-kernels", str(kernels), "--first-failure", str(report)]
     subprocess.run(
         [*command, *(f"tests/metal/{name}" for name in TESTS[file])],
         cwd=ROOT,
-        env=os.environ | {"METAL_EMULATOR_CACHE": str(own_cache)},
+        env=os.environ | {"METAL_EMULATOR_CACHE": str(cache)},
         capture_output=True,
         timeout=LIMIT_S,
         check=False,
@@ -205,7 +207,7 @@ def run_tests(file: str, kernels: Path, cache: Path, folder: Path) -> dict[str, 
 def make_bench(files: list[str], folder: Path) -> Bench:
     """Run all tests once with nothing seeded; raises SystemExit when one fails."""
     cache = folder / "warm"
-    cache.mkdir()
+    cache.mkdir(parents=True, exist_ok=True)
     codes: dict[tuple[str, ...], str] = {}
     for file in tqdm({TESTS[file]: file for file in files}.values(), desc="nothing seeded"):
         with tempfile.TemporaryDirectory() as place:
@@ -216,23 +218,62 @@ def make_bench(files: list[str], folder: Path) -> Bench:
     return Bench(cache, {file: codes[TESTS[file]] for file in files})
 
 
-def try_all(bench: Bench, mutants: Iterator[Mutant], number: int, workers: int) -> list[Verdict]:
+class Journal:
+    """Verdicts on disk as they come, so that a run that was ended goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = {v.mutant: v for v in map(_read_verdict, lines)}
+
+    def find(self, mutant: Mutant) -> Verdict | None:
+        """What an earlier run has found."""
+        return self._known.get(mutant)
+
+    def add(self, verdict: Verdict) -> None:
+        """Keep a new one."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(verdict)) + "\n")
+
+
+def _read_verdict(line: str) -> Verdict:
+    raw = json.loads(line)
+    return Verdict(Mutant(**raw["mutant"]), raw["outcome"], raw["by"])
+
+
+def try_all(
+    bench: Bench, mutants: Iterator[Mutant], number: int, workers: int, journal: Journal
+) -> list[Verdict]:
     """Verdicts on `number` mutants that are neither stillborn nor equivalent; those are listed too."""
     verdicts: list[Verdict] = []
     progress = tqdm(total=number, unit="mutant")
+
+    def note(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        progress.update(verdict.outcome in {"caught", "survived"})
+        counts = Counter(v.outcome for v in verdicts)
+        progress.set_postfix(survived=counts["survived"], equivalent=counts["equivalent"])
+        if verdict.outcome == "survived":
+            progress.write(f"survived: {verdict.mutant}")
+
     with ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(bench.try_mutant, m) for m in islice(mutants, workers)}
-        while running:
+        running: set[Future[Verdict]] = set()
+        while progress.n < number:
+            while progress.n + len(running) < number and len(running) < workers:
+                mutant = next(mutants, None)
+                if mutant is None:
+                    break
+                known = journal.find(mutant)
+                if known is not None:
+                    note(known)
+                else:
+                    running.add(pool.submit(bench.try_mutant, mutant))
+            if not running:
+                break
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for verdict in (future.result() for future in done):
-                verdicts.append(verdict)
-                progress.update(verdict.outcome in {"caught", "survived"})
-                counts = Counter(v.outcome for v in verdicts)
-                progress.set_postfix(survived=counts["survived"], equivalent=counts["equivalent"])
-                if verdict.outcome == "survived":
-                    progress.write(f"survived: {verdict.mutant}")
-            missing = number - progress.n - len(running)
-            running |= {pool.submit(bench.try_mutant, m) for m in islice(mutants, max(0, missing))}
+                journal.add(verdict)
+                note(verdict)
     progress.close()
     return verdicts
 
@@ -267,6 +308,7 @@ def main() -> None:
     parser.add_argument("--file", choices=TESTS, action="append", help="all of them, unless told")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    parser.add_argument("--work", type=Path, help="keep what is found there, and go on from it")
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     files = args.file or list(TESTS)
@@ -275,8 +317,11 @@ def main() -> None:
         print(*islice(mutants, args.number), sep="\n")
         return
     with tempfile.TemporaryDirectory() as folder:
-        bench = make_bench(files, Path(folder))
-        found = summarise(try_all(bench, mutants, args.number, args.workers), args.seed)
+        work = args.work or Path(folder)
+        bench = make_bench(files, work)
+        journal = Journal(work / "verdicts.jsonl")
+        verdicts = try_all(bench, mutants, args.number, args.workers, journal)
+        found = summarise(verdicts, args.seed)
     print(f"{found['caught']} of {found['seeded']} caught")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -79,6 +79,14 @@ DRAFT = Recipe(
     PocketConfig(VOCAB_SIZE, 192, 512, 2, num_attention_heads=3, num_key_value_heads=1),
     ((0, 1 / 60), (59, 1.0), (200, 1.0), (600, 0.02)),
 )
+# Five times pocket, for measures that a small model is too small for. It is not shipped.
+LARGE = Recipe(
+    "pocket_large",
+    PocketConfig(VOCAB_SIZE, 512, 1536, 6, num_attention_heads=8, num_key_value_heads=4),
+    ((0, 1 / 60), (59, 1.0), (250, 1.0), (700, 0.02)),
+    matrix_lr=0.015,
+    other_lr=2e-3,
+)
 
 
 class Rows:
@@ -181,7 +189,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--models", nargs="+", default=["pocket", "pocket_draft"])
+    names = [recipe.name for recipe in (POCKET, DRAFT, LARGE)]
+    parser.add_argument("--models", nargs="+", choices=names, default=["pocket", "pocket_draft"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="run torch without its compiler")
     options = parser.parse_args()
@@ -191,7 +200,7 @@ def main() -> None:
     tokenizer, packed = prepare(options.work)
     print(f"corpus ready after {time.perf_counter() - began:.0f} s", flush=True)
     rows = Rows(packed)
-    for recipe in (r for r in (POCKET, DRAFT) if r.name in options.models):
+    for recipe in (r for r in (POCKET, DRAFT, LARGE) if r.name in options.models):
         checkpoint = train(recipe, rows, options.work, not options.no_compile)
         folder = options.out / recipe.name
         export(checkpoint, recipe.config, tokenizer, folder)

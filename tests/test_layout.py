@@ -26,6 +26,7 @@ FLOORS = {
     "decoding": 4,
     "calibration": 5,
     "engine": 5,
+    "conversion": 6,
     "serving": 6,
     "command": 5,
     "options": 6,
@@ -33,6 +34,7 @@ FLOORS = {
     "chat": 7,
     "cache_prompt": 7,
     "benchmark": 7,
+    "convert": 7,
     "__main__": 7,
 }
 GROUND = {"errors", "runtime"}  # everything stands on them

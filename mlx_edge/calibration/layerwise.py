@@ -124,5 +124,5 @@ def as_dense(linear: ops.Linear) -> ops.Dense:
     if isinstance(linear, ops.Packed):
         linear = linear.restore()
     if isinstance(linear, ops.Quantized):
-        return ops.Dense(dequantize(linear), linear.bias)
+        return ops.Dense(dequantize(linear), linear.bias, linear.input_scale)
     return linear

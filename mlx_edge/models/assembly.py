@@ -4,6 +4,7 @@ A missing tensor, a wrong shape or dtype, and a tensor that nobody asked for are
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -36,6 +37,7 @@ class Assembler:
         self._convert = convert
         self._packer = packer
         self._unused = set(checkpoint.names())
+        self._unused_scales = set(config.quantization.input_scales)
 
     def assemble(self) -> Decoder:
         """The whole model.
@@ -59,10 +61,9 @@ class Assembler:
 
     def embedding(self) -> ops.Embedding:
         """The token table."""
-        config = self._config
-        return ops.Embedding(
-            self._linear(config.family.embedding, config.vocab_size, config.hidden_size)
-        )
+        config, name = self._config, self._config.family.embedding
+        # It is looked up in, nothing is multiplied: a scale of its input would be without meaning.
+        return ops.Embedding(self._weight(name, config.vocab_size, config.hidden_size))
 
     def head(self, embedding: ops.Embedding) -> ops.HeadWeights:
         """The final norm, and the head: the token table itself where the two are tied."""
@@ -78,7 +79,11 @@ class Assembler:
             return self._linear(name, config.vocab_size, config.hidden_size)
         # Some exporters save the tied head as well.
         self._unused -= {f"{name}.{part}" for part in ("weight", "scales", "biases")}
-        return table
+        scale = self._input_scale(name)
+        if scale is None:
+            return table
+        table = table.restore() if isinstance(table, ops.Packed) else table
+        return replace(table, input_scale=scale)
 
     def layer(self, index: int, rope: ops.Rope) -> Layer:
         """One layer; `rope` is shared by those that turn their heads."""
@@ -115,22 +120,50 @@ class Assembler:
         return Layer(attention, mlp, rope if kind.has_rope else None)
 
     def _linear(self, name: str, rows: int, columns: int, *, has_bias: bool = False) -> ops.Linear:
-        packing = self._config.quantization.packing(name)
         if has_bias:
             self._check(f"{name}.bias", FLOATS, (rows,))
         bias = self._float(f"{name}.bias") if has_bias else None
+        return self._weight(name, rows, columns, bias, self._input_scale(name))
+
+    def _input_scale(self, name: str) -> float | None:
+        self._unused_scales.discard(name)
+        return self._config.quantization.input_scales.get(name)
+
+    def _weight(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        bias: mx.array | None = None,
+        input_scale: float | None = None,
+    ) -> ops.Linear:
+        packing = self._config.quantization.packing(name)
         # A default packing covers what could be packed; MLX leaves other layers as floats.
         if packing is None or f"{name}.scales" not in self._unused:
             self._check(f"{name}.weight", FLOATS, (rows, columns))
-            return self._pack(name, bias) or ops.Dense(self._float(f"{name}.weight"), bias)
-        return self._quantized(name, rows, columns, packing, bias)
+            packing = None
+        else:
+            self._check_packs(name, rows, columns, packing)
+        if self._packer is not None and input_scale is None:
+            packed = self._packer.pack(name, bias)
+            if packed is not None:
+                return packed
+        if packing is None:
+            return ops.Dense(self._float(f"{name}.weight"), bias, input_scale)
+        is_affine = packing.mode == "affine"
+        scales = self._checkpoint.read(f"{name}.scales")
+        return ops.Quantized(
+            self._checkpoint.read(f"{name}.weight"),
+            self._convert(scales) if is_affine else scales,
+            self._float(f"{name}.biases") if is_affine else None,
+            packing.group_size,
+            packing.bits,
+            packing.mode,
+            bias,
+            input_scale,
+        )
 
-    def _pack(self, name: str, bias: mx.array | None) -> ops.Packed | None:
-        return None if self._packer is None else self._packer.pack(name, bias)
-
-    def _quantized(
-        self, name: str, rows: int, columns: int, packing: Packing, bias: mx.array | None
-    ) -> ops.Linear:
+    def _check_packs(self, name: str, rows: int, columns: int, packing: Packing) -> None:
         if columns % packing.group_size:
             raise ModelFormatError(
                 f"{name}: {columns} columns do not divide into groups of {packing.group_size}; "
@@ -142,18 +175,6 @@ class Assembler:
         self._check(f"{name}.scales", FLOATS if is_affine else ("U8",), (rows, groups))
         if is_affine:
             self._check(f"{name}.biases", FLOATS, (rows, groups))
-        if packed := self._pack(name, bias):
-            return packed
-        scales = self._checkpoint.read(f"{name}.scales")
-        return ops.Quantized(
-            self._checkpoint.read(f"{name}.weight"),
-            self._convert(scales) if is_affine else scales,
-            self._float(f"{name}.biases") if is_affine else None,
-            packing.group_size,
-            packing.bits,
-            packing.mode,
-            bias,
-        )
 
     def _norm(self, name: str, size: int) -> ops.Norm:
         self._check(f"{name}.weight", FLOATS, (size,))
@@ -179,6 +200,12 @@ class Assembler:
 
     def _refuse_unused(self) -> None:
         ignored = self._config.family.ignored_suffixes
+        if self._unused_scales:
+            raise ModelFormatError(
+                f"{self._checkpoint.folder}/config.json: activation_quantization names "
+                f"{', '.join(sorted(self._unused_scales)[:3])}, which no input of this model goes into; "
+                "it belongs to another model"
+            )
         left = sorted(name for name in self._unused if not name.endswith(ignored))
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""

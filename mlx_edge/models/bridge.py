@@ -214,6 +214,11 @@ def _check_config(fields: Fields) -> str:
             f"{fields.name}: model_file {fields.raw['model_file']!r} is code in the model folder, which is never run; "
             "remove the key if mlx-lm defines this model_type itself"
         )
+    if fields.raw.get("activation_quantization") is not None:
+        raise UnsupportedModelError(
+            f"{fields.name}: activation_quantization rounds the inputs of layers, which mlx-lm does not do; "
+            "load the model without a bridge, or remove the key"
+        )
     fields.integer("num_hidden_layers", 1, high=MAX_LAYERS)
     _check_packing(fields.nested("quantization"))
     return model_type

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_edge import ops
 from mlx_edge.models.quantization import Quantization
-from mlx_edge.ops.cpu import extension
+from mlx_edge.ops.cpu import FIXED_STEPS, extension
 from mlx_edge.quant import Packing
 from mlx_edge.weights import Checkpoint, PackedFile, PackReport, Part, open_packed
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
@@ -87,12 +87,15 @@ class Packer:
             layer in self._sizes,
             self._precision,
             restore,
+            pack_weight,
         )
 
     def _plan(self, layer: str) -> Any:
         """The sizes of a quantized weight, or None when it is none or the kernels do not serve it."""
         packing = self._quantization.packing(layer)
         if packing is None or packing.mode not in ("affine", "mxfp4"):
+            return None
+        if layer in self._quantization.input_scales:
             return None
         weight, scales = (
             self._checkpoint.entry(f"{layer}.{part}") for part in ("weight", "scales")
@@ -133,6 +136,8 @@ def pack_weight(
 
     Raises: ValueError for a format that the kernels do not serve, in their words.
     """
+    if weights.input_scale is not None:
+        raise ValueError(FIXED_STEPS)
     numbers = [] if weights.bias is None else weights.bias.astype(mx.float32).tolist()
     rows, columns = weights.shape
     dtype = weights.weight.dtype if isinstance(weights, ops.Dense) else weights.scales.dtype
@@ -158,6 +163,7 @@ def pack_weight(
         isinstance(weights, ops.Quantized),
         precision,
         lambda: weights,
+        pack_weight,
     )
 
 

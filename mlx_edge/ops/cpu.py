@@ -32,6 +32,7 @@ from mlx_edge.ops.types import (
 INSTALL_AGAIN = "install mlx_edge again, with g++ and cmake at hand"
 NO_FLOAT32 = "activations are not float32"
 NOT_PACKED = "weights are not packed for it"
+FIXED_STEPS = "inputs are rounded in fixed steps; it serves those that it rounds itself, and floats"
 
 
 @cache
@@ -200,7 +201,10 @@ def make_step(meta: StepMeta) -> Any:
 def _refuse(x: mx.array, *weights: Linear) -> str | None:
     if x.dtype != mx.float32:
         return NO_FLOAT32
-    return None if all(isinstance(weight, Packed) for weight in weights) else NOT_PACKED
+    unpacked = [weight for weight in weights if not isinstance(weight, Packed)]
+    if any(weight.input_scale is not None for weight in unpacked):
+        return FIXED_STEPS
+    return NOT_PACKED if unpacked else None
 
 
 def linear(x: mx.array, weights: Packed) -> mx.array:

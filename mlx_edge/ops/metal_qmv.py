@@ -156,6 +156,8 @@ def refuse_residual(weight: Linear) -> str | None:
     """Why no kernel multiplies by this weight, whatever x is; None when one does."""
     if isinstance(weight, Packed):
         return "weights are packed for a CPU; served is MLX's layout"
+    if weight.input_scale is not None:
+        return "inputs are rounded in fixed steps; served are inputs as they come"
     if isinstance(weight, Dense):
         if weight.weight.dtype not in FLOATS:
             return f"weights are {_name(weight.weight.dtype)}; served are float16, bfloat16 and float32"

@@ -54,6 +54,8 @@ def linear(x: mx.array, weights: Linear) -> mx.array:
     if watcher is not None:
         watcher(weights, x)
     weights = _restore(weights)
+    if weights.input_scale is not None:
+        x = round_to_int8(x, weights.input_scale)
     if isinstance(weights, Dense):
         y = x @ weights.weight.astype(x.dtype).T
     else:
@@ -67,6 +69,12 @@ def linear(x: mx.array, weights: Linear) -> mx.array:
             mode=weights.mode,
         )
     return y if weights.bias is None else y + weights.bias
+
+
+def round_to_int8(x: mx.array, scale: float) -> mx.array:
+    """x as the nearest of the values scale * code, code in -127 ... 127; in x's dtype."""
+    codes = mx.clip(mx.round(x.astype(mx.float32) / scale), -127, 127)
+    return (codes * scale).astype(x.dtype)
 
 
 def _restore(weights: Linear) -> Dense | Quantized:

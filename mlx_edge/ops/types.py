@@ -22,6 +22,7 @@ class Dense:
 
     weight: mx.array  # (N, E)
     bias: mx.array | None = None  # (N,)
+    input_scale: float | None = None  # x is rounded to int8 codes of this step before the product
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,6 +44,7 @@ class Quantized:
     bits: int
     mode: str = "affine"
     bias: mx.array | None = None  # (N,)
+    input_scale: float | None = None  # x is rounded to int8 codes of this step before the product
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,6 +63,10 @@ class Packed:
     is_quantized: bool
     precision: Precision  # of the activations, where the weight is quantized
     restore: Callable[[], Dense | Quantized] = field(repr=False)
+    # Another weight in this layout; ValueError for one that the kernels do not serve.
+    repack: "Callable[[Dense | Quantized, Precision], Packed] | None" = field(
+        default=None, repr=False
+    )
 
 
 Linear = Dense | Quantized | Packed

@@ -40,4 +40,6 @@ class Packing:
             return f"it has {len(shape)} dimensions, a packed weight has 2"
         if shape[1] % self.group_size:
             return f"its {shape[1]} columns do not divide into groups of {self.group_size}"
+        if shape[1] % 32:  # MLX unpacks 32 values at a time, and fails on the rest
+            return f"its {shape[1]} columns are not a multiple of 32, which MLX's {self.mode} reads"
         return None

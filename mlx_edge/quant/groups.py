@@ -12,8 +12,10 @@ import mlx.core as mx
 from mlx_edge.ops.types import Quantized
 from mlx_edge.quant.formats import Packing
 from mlx_edge.quant.packs import pack_codes, unpack_codes
+from mlx_edge.quant.small_floats import quantize_floats
 
 Granularity = Literal["group", "channel", "tensor"]  # over what a scale is chosen
+MIN_SCALE = 1e-7  # of an affine group, as in MLX: half can hold it
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,19 @@ class Grid:
 
 def snap_scales(array: mx.array, dtype: mx.Dtype) -> mx.array:
     """Scales or offsets as float32, rounded to what `dtype` holds; a number beyond half's range becomes its largest."""
-    limit = 65504.0 if dtype == mx.float16 else 3.38e38
+    limit = _largest(dtype)
     return mx.clip(array, -limit, limit).astype(dtype).astype(mx.float32)
+
+
+def _largest(dtype: mx.Dtype) -> float:
+    return 65504.0 if dtype == mx.float16 else 3.38e38  # that of bfloat16, which float32 has too
+
+
+def in_groups(weight: mx.array, packing: Packing) -> mx.array:
+    """(N, E) as (N, E / group_size, group_size) float32."""
+    rows, columns = weight.shape
+    shape = (rows, columns // packing.group_size, packing.group_size)
+    return weight.astype(mx.float32).reshape(shape)
 
 
 def make_grid(
@@ -56,21 +69,27 @@ def make_grid(
     """The grid of round-to-nearest for a weight (N, E): over the range of each group, row or the whole.
 
     Asymmetric grids reach from the smallest value to the largest, with zero on the grid where the range has it, as MLX
-    does; symmetric ones have zero in the middle and as many steps on both sides.
+    does. Symmetric ones are those of two's complement: code - 2**(bits - 1) steps, of which the largest magnitude takes
+    2**(bits - 1) - 1; zero is on the grid exactly, since a power of two times a scale is exact in every dtype.
     """
-    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, packing.group_size)
+    groups = in_groups(weight, packing)
+    if groups.size == 0:
+        return Grid(mx.zeros(groups.shape[:2]), mx.zeros(groups.shape[:2]))
     axes = {"group": (2,), "channel": (1, 2), "tensor": (0, 1, 2)}[per]
     low = mx.broadcast_to(groups.min(axes, keepdims=True), (*groups.shape[:2], 1))[..., 0]
     high = mx.broadcast_to(groups.max(axes, keepdims=True), (*groups.shape[:2], 1))[..., 0]
     steps = packing.num_codes - 1
     if is_symmetric:
-        half = steps // 2
-        scales = snap_scales(mx.maximum(mx.abs(low), mx.abs(high)) / half, dtype)
-        return Grid(scales, snap_scales(-half * scales, dtype))
+        assert packing.bits > 1, "one bit has no symmetric grid with zero on it"
+        half = packing.num_codes // 2
+        largest = mx.maximum(mx.abs(low), mx.abs(high))
+        scales = mx.clip(largest / (half - 1), MIN_SCALE, _largest(dtype) / half)
+        scales = snap_scales(scales, dtype)
+        return Grid(scales, -half * scales)
     # From the end that is farther from zero, so that it and zero are both on the grid.
     is_low = mx.abs(low) > mx.abs(high)
     edge = mx.where(is_low, low, high)
-    scales = mx.maximum((high - low) / steps, 1e-7)
+    scales = mx.maximum((high - low) / steps, MIN_SCALE)
     scales = mx.where(is_low, scales, -scales)
     zero = mx.round(edge / scales)
     scales = mx.where(zero != 0, edge / mx.where(zero == 0, 1.0, zero), scales)
@@ -89,15 +108,8 @@ def quantize(
     assert packing.refusal(weight.shape) is None
     if packing.mode == "affine":
         return quantize_onto(weight, make_grid(weight, packing, dtype), packing, dtype, bias=bias)
-    packed = mx.quantize(
-        weight.astype(mx.float32),
-        group_size=packing.group_size,
-        bits=packing.bits,
-        mode=packing.mode,
-    )
-    return Quantized(
-        packed[0], packed[1], None, packing.group_size, packing.bits, packing.mode, bias
-    )
+    words, scales = quantize_floats(weight, packing)
+    return Quantized(words, scales, None, packing.group_size, packing.bits, packing.mode, bias)
 
 
 def quantize_onto(
@@ -109,7 +121,7 @@ def quantize_onto(
     bias: mx.array | None = None,
 ) -> Quantized:
     """Each value of a float weight (N, E) as the nearest code of a given affine grid."""
-    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, packing.group_size)
+    groups = in_groups(weight, packing)
     codes = grid.nearest(groups, packing.num_codes).reshape(weight.shape)
     return pack(codes, grid, packing, dtype, bias=bias)
 
@@ -146,6 +158,8 @@ def dequantize(weight: Quantized) -> mx.array:
         codes, grid = unpack(weight)
         groups = codes.astype(mx.float32).reshape(*grid.scales.shape, weight.group_size)
         return grid.values(groups).reshape(weight.shape)
+    if weight.weight.size == 0:
+        return mx.zeros(weight.shape)
     return mx.dequantize(
         weight.weight,
         weight.scales,

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 
 def pack_codes(codes: mx.array, bits: int) -> mx.array:
-    """Codes (N, E) below 2**bits to words (N, E * bits / 32) uint32; E is a multiple of 32."""
+    """Codes (N, E) below 2**bits to words (N, E * bits / 32) uint32; E is a multiple of 8, E * bits of 32."""
     import numpy as np  # slow to import, and a start packs nothing
 
     num_rows, num_columns = codes.shape
@@ -15,9 +15,9 @@ def pack_codes(codes: mx.array, bits: int) -> mx.array:
     stream = np.zeros(eights.shape[:2], np.uint64)
     for place in range(8):
         stream |= eights[:, :, place].astype(np.uint64) << np.uint64(place * bits)
-    used = stream.astype("<u8").view(np.uint8).reshape(num_rows, -1, 8)[:, :, :bits]
-    words = np.ascontiguousarray(used).reshape(num_rows, -1).view("<u4")
-    return mx.array(words)
+    used = stream.astype("<u8").view(np.uint8).reshape(num_rows, num_columns // 8, 8)[:, :, :bits]
+    words = np.ascontiguousarray(used).reshape(-1).view("<u4")
+    return mx.array(words.reshape(num_rows, num_columns * bits // 32))
 
 
 def unpack_codes(words: mx.array, bits: int) -> mx.array:
@@ -25,10 +25,11 @@ def unpack_codes(words: mx.array, bits: int) -> mx.array:
     import numpy as np
 
     num_rows, num_words = words.shape
-    used = np.array(words).astype("<u4").view(np.uint8).reshape(num_rows, -1, bits)
-    stream = np.zeros((*used.shape[:2], 8), np.uint8)
+    num_columns = num_words * 32 // bits
+    used = np.array(words).astype("<u4").view(np.uint8).reshape(num_rows, num_columns // 8, bits)
+    stream = np.zeros((num_rows, num_columns // 8, 8), np.uint8)
     stream[:, :, :bits] = used
-    eights = stream.view("<u8").reshape(num_rows, -1, 1)
+    eights = stream.view("<u8")
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
     codes = (eights >> shifts) & np.uint64((1 << bits) - 1)
-    return mx.array(codes.astype(np.uint8).reshape(num_rows, num_words * 32 // bits))
+    return mx.array(codes.astype(np.uint8).reshape(num_rows, num_columns))

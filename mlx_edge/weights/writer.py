@@ -13,7 +13,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,13 @@ TENSOR_ALIGNMENT = 64
 DEFAULT_METADATA: Mapping[str, str] = {
     "format": "mlx"
 }  # without it mlx-lm and transformers take it for another's
+TEMPORARY_SUFFIX = ".tmp"
 
-_NAME_OF = {element.mlx: name for name, element in ELEMENT_TYPES.items() if name != "F64"}
+TYPE_NAMES = {element.mlx: name for name, element in ELEMENT_TYPES.items() if name != "F64"}
 
 
 @dataclass(frozen=True)
-class _Planned:
+class TensorPlan:
     """A tensor to be written: all that the header says of it except its place."""
 
     name: str
@@ -56,7 +57,7 @@ def write_safetensors(
     InvalidRequestError for what the format or MLX's loader cannot hold (float64, complex64) and if
     the disk refuses.
     """
-    _write_file(path, _plan_tensors(tensors), tensors, metadata=metadata)
+    _write_file(path, plan_tensors(tensors), tensors, metadata=metadata)
 
 
 def write_checkpoint(
@@ -73,37 +74,35 @@ def write_checkpoint(
     `write_safetensors`, and before anything is written if weights of another shape would remain in
     the folder, which other loaders would mix with these.
     """
-    if max_shard_bytes <= 0:
-        raise InvalidRequestError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
-    shards = _fill_shards(_plan_tensors(tensors), max_shard_bytes)
-    count = len(shards)
-    names = (
-        [SINGLE_NAME]
-        if count == 1
-        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    )
-    _make_room(folder, names if count == 1 else [*names, INDEX_NAME])
-    for name, shard in zip(names, shards, strict=True):
+    shards = plan_shards(plan_tensors(tensors), max_shard_bytes)
+    make_room(folder, shards)
+    for name, shard in shards.items():
         _write_file(folder / name, shard, tensors, metadata=metadata)
-    if count > 1:
-        _write_index(folder / INDEX_NAME, dict(zip(names, shards, strict=True)))
+    write_index(folder, shards)
 
 
-def _plan_tensors(tensors: Mapping[str, mx.array]) -> list[_Planned]:
-    return [_plan_tensor(name, tensors[name]) for name in tensors]
+def plan_tensors(tensors: Mapping[str, mx.array]) -> list[TensorPlan]:
+    """What the header says of each array."""
+    return [plan_tensor(name, tensors[name]) for name in tensors]
 
 
-def _plan_tensor(name: str, array: mx.array) -> _Planned:
+def plan_tensor(name: str, array: mx.array) -> TensorPlan:
+    """What the header says of an array under this name."""
+    return describe_tensor(name, array.dtype, array.shape)
+
+
+def describe_tensor(name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> TensorPlan:
+    """A tensor that is still to be made; InvalidRequestError for what the format or MLX's loader cannot hold."""
     if name == METADATA_KEY or not _is_text(name):
         raise InvalidRequestError(
             f"{show(name)} cannot name a tensor in a safetensors file; rename it"
         )
-    dtype = _NAME_OF.get(array.dtype)
-    if dtype is None:
+    spelling = TYPE_NAMES.get(dtype)
+    if spelling is None:
         raise InvalidRequestError(
-            f"tensor {show(name)} is {array.dtype}, which MLX's loader cannot read; cast it first"
+            f"tensor {show(name)} is {dtype}, which MLX's loader cannot read; cast it first"
         )
-    return _Planned(name, dtype, array.shape, array.nbytes)
+    return TensorPlan(name, spelling, shape, math.prod(shape) * dtype.size)
 
 
 def _is_text(value: object) -> bool:
@@ -116,25 +115,25 @@ def _is_text(value: object) -> bool:
 
 def _write_file(
     path: Path,
-    planned: list[_Planned],
+    planned: list[TensorPlan],
     tensors: Mapping[str, mx.array],
     *,
     metadata: Mapping[str, str] | None,
 ) -> None:
-    ordered = _order(planned)
-    header = _make_header(ordered, DEFAULT_METADATA if metadata is None else metadata)
-    with _replacing(path) as file:
+    ordered = order_tensors(planned)
+    header = make_header(ordered, DEFAULT_METADATA if metadata is None else metadata)
+    with replacing(path) as file:
         file.write(header)
         for plan in ordered:
             _write_tensor(file, plan, tensors[plan.name])
 
 
-def _order(planned: list[_Planned]) -> list[_Planned]:
+def order_tensors(planned: Sequence[TensorPlan]) -> list[TensorPlan]:
     """Largest dividing power of two first; equals keep the caller's order, often that of use."""
     return sorted(planned, key=lambda plan: -math.gcd(plan.num_bytes, TENSOR_ALIGNMENT))
 
 
-def _make_header(ordered: list[_Planned], metadata: Mapping[str, str]) -> bytes:
+def make_header(ordered: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:
     """Length, JSON and spaces: all bytes in front of the data."""
     if not all(_is_text(text) for pair in metadata.items() for text in pair):
         raise InvalidRequestError(f"metadata {show(dict(metadata))} is not a table of strings")
@@ -154,44 +153,67 @@ def _make_header(ordered: list[_Planned], metadata: Mapping[str, str]) -> bytes:
     return num_bytes.to_bytes(8, "little") + text.ljust(num_bytes)
 
 
-def _write_tensor(file: BinaryIO, plan: _Planned, array: mx.array) -> None:
-    import numpy as np  # slow to import, and a start writes nothing
-
-    if _plan_tensor(plan.name, array) != plan:
+def _write_tensor(file: BinaryIO, plan: TensorPlan, array: mx.array) -> None:
+    if plan_tensor(plan.name, array) != plan:
         raise InvalidRequestError(
             f"tensor {show(plan.name)} changed while it was written: {array.dtype} {array.shape}, "
             f"before {plan.dtype} {plan.shape}"
         )
+    file.write(view_bytes(array))
+
+
+def view_bytes(array: mx.array) -> memoryview:
+    """The bytes of an array, on MLX's own memory where it is contiguous."""
+    import numpy as np  # slow to import, and a start writes nothing
+
     if array.dtype == mx.bfloat16:  # numpy has none; the bytes are the same
         array = array.view(mx.uint16)
-    # On MLX's own memory; only what is not contiguous is copied.
     data = np.ascontiguousarray(np.asarray(array))
-    if data.nbytes:
-        file.write(data.data.cast("B"))
+    return data.data.cast("B") if data.nbytes else memoryview(b"")
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends well, else vanishes."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = name_temporary(path)
+    with disk_errors(path):
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(
+                    file.fileno()
+                )  # or a power cut could leave the new name on unwritten bytes
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def name_temporary(path: Path) -> Path:
+    """A hidden name beside `path` for the time while it is written; `is_temporary` knows it again."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file has a name of `name_temporary`."""
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Whatever the system refuses while `path` is written, as InvalidRequestError."""
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name on unwritten bytes
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        yield
     except OSError as error:
         raise InvalidRequestError(
             f"{path}: cannot be written ({error.strerror or error}); "
             "check folder, rights and free space"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the renaming itself durable, where the file system can do that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -201,9 +223,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _fill_shards(planned: list[_Planned], max_shard_bytes: int) -> list[list[_Planned]]:
-    """At least one shard, each filled in turn until the next tensor would not fit."""
-    shards: list[list[_Planned]] = [[]]
+def plan_shards(planned: Sequence[TensorPlan], max_shard_bytes: int) -> dict[str, list[TensorPlan]]:
+    """File name -> its tensors: at least one shard, each filled in turn until the next tensor would not fit."""
+    if max_shard_bytes <= 0:
+        raise InvalidRequestError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
+    shards: list[list[TensorPlan]] = [[]]
     filled = 0
     for plan in planned:
         if shards[-1] and filled + plan.num_bytes > max_shard_bytes:
@@ -211,11 +235,16 @@ def _fill_shards(planned: list[_Planned], max_shard_bytes: int) -> list[list[_Pl
             filled = 0
         shards[-1].append(plan)
         filled += plan.num_bytes
-    return shards
+    count = len(shards)
+    if count == 1:
+        return {SINGLE_NAME: shards[0]}
+    numbered = enumerate(shards, 1)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in numbered}
 
 
-def _make_room(folder: Path, names: list[str]) -> None:
+def make_room(folder: Path, shards: Mapping[str, list[TensorPlan]]) -> None:
     """Creates the folder; refuses one with weights that would stay beside the new ones."""
+    names = [*shards, INDEX_NAME] if len(shards) > 1 else [*shards]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = sorted(path.name for path in folder.iterdir())
@@ -234,12 +263,15 @@ def _make_room(folder: Path, names: list[str]) -> None:
             )
 
 
-def _write_index(path: Path, shards: Mapping[str, list[_Planned]]) -> None:
+def write_index(folder: Path, shards: Mapping[str, list[TensorPlan]]) -> None:
+    """Says which tensor is in which shard; nothing where there is only one."""
+    if len(shards) == 1:
+        return
     weight_map = {plan.name: name for name, shard in shards.items() for plan in shard}
     total_bytes = sum(plan.num_bytes for shard in shards.values() for plan in shard)
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    with _replacing(path) as file:
+    with replacing(folder / INDEX_NAME) as file:
         file.write((json.dumps(index, indent=4, ensure_ascii=False) + "\n").encode("utf-8"))

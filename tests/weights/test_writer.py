@@ -63,9 +63,11 @@ def test_layout(tmp_path):
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(0, 70)), max_size=20))
 def test_layout_is_aligned_to_what_divides_the_size(sizes):
-    planned = [writer._Planned(f"t{i}", "U8", (n,), n * size) for i, (size, n) in enumerate(sizes)]
+    planned = [
+        writer.TensorPlan(f"t{i}", "U8", (n,), n * size) for i, (size, n) in enumerate(sizes)
+    ]
     begin = 0
-    for plan in writer._order(planned):
+    for plan in writer.order_tensors(planned):
         element_size = sizes[int(plan.name[1:])][0]
         assert begin % element_size == 0
         assert plan.num_bytes % 64 or begin % 64 == 0
@@ -236,9 +238,9 @@ def test_shards_and_their_index(tmp_path):
 
 def test_index_comes_last(tmp_path, monkeypatch):
     written = []
-    replacing = writer._replacing
+    replacing = writer.replacing
     monkeypatch.setattr(
-        writer, "_replacing", lambda path: (written.append(path.name), replacing(path))[1]
+        writer, "replacing", lambda path: (written.append(path.name), replacing(path))[1]
     )
     write_checkpoint(tmp_path, {"a": mx.ones(9), "b": mx.ones(9)}, max_shard_bytes=1)
     assert written[-1] == INDEX_NAME

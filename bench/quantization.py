@@ -1,0 +1,199 @@
+"""What quantization costs and gives: size, exact match, KL and speed of every format and method, in one run.
+
+    python -m bench.quantization --json bench/results/quantization.json     # pocket; with --model also a larger one
+    python -m bench.quantization --quick --json OUT                         # under 5 minutes
+
+Each folder is made by `mlx_edge.conversion` and run by `load`. Formulas, and what would make a figure pass wrongly, are
+in bench/README.md.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from bench.peer_models import SHAPES
+from bench.quantization_cases import (
+    CASES,
+    FLOAT32,
+    INT8,
+    UNIFORM,
+    Case,
+    make_folder,
+    make_random_model,
+)
+from bench.quantization_report import make_table, summarize
+from bench.quantization_score import decode_ratios, mark_items, relative_loss
+from bench.quantization_text import SUITES, PocketText
+from mlx_edge.calibration.comparison import compare
+from mlx_edge.calibration.measurement import count_weights
+from mlx_edge.conversion.calibrated import open_model
+from mlx_edge.models.load import load, load_model
+from mlx_edge.weights.hub import find_model
+
+SPEED_CASES = (FLOAT32.name, "float16", INT8, UNIFORM, "rtn 4 bit g32")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    num_samples: int  # calibration samples, each another piece of the training stream
+    calibration_rows: int
+    held_rows: int
+    tokens: int  # of a round of decoding
+    rounds: int
+    is_quick: bool
+
+
+FULL = Effort(3, 64, 64, 48, 7, is_quick=False)
+QUICK = Effort(1, 32, 24, 24, 5, is_quick=True)
+
+
+class ModelBench:
+    """One model: its float folder, its text, and the rows of its table."""
+
+    def __init__(self, source: Path, work: Path, effort: Effort) -> None:
+        self.source, self.work, self.effort = source, work, effort
+        self.text = PocketText(load(str(source))[1])
+        self.items = self.text.items(SUITES)
+        self.held_out = self.text.held_out_rows(effort.held_rows)
+        self.marks: dict[str, list[bool]] = {}
+
+    def run(self, cases: list[Case]) -> list[dict[str, Any]]:
+        """A row per case, the reference first."""
+        rows = []
+        for case in tqdm(cases, desc=self.source.name, unit="case"):
+            number = self.effort.num_samples if case.is_sampled else 1
+            found = [self._measure(case, seed) for seed in range(number)]
+            rows.append(join_samples(case.name, found))
+        return rows
+
+    def folder(self, case: Case, seed: int = 0) -> Path:
+        """Where a case's model lies."""
+        return self.work / self.source.name / f"{case.name} {seed}".replace(" ", "_")
+
+    def _calibration_file(self, seed: int) -> Path:
+        path = self.work / f"calibration_{seed}.txt"
+        if not path.exists():
+            # convert keeps every fifth row for itself
+            path.write_text(self.text.calibration_text(2 * self.effort.calibration_rows, seed))
+        return path
+
+    def _measure(self, case: Case, seed: int) -> dict[str, Any]:
+        folder = self.folder(case, seed)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        text = self._calibration_file(seed) if case.is_sampled else None
+        num_rows = self.effort.calibration_rows
+        make_folder(self.source, case, folder, text=text, num_rows=num_rows)
+        seconds = time.perf_counter() - start
+        with (
+            open_model(self.folder(FLOAT32)) as reference,
+            open_model(folder) as other,
+        ):
+            comparison = compare(reference, other, self.held_out)
+            count = count_weights(other.checkpoint, other.config)
+        model, _ = load(str(folder))
+        marks = mark_items(model, self.items)
+        self.marks.setdefault(case.name, marks)
+        return {
+            "bytes": count.num_bytes,
+            "bits_per_weight": count.bits_per_weight,
+            "kl": comparison.kl_mean,
+            "kl_p99": comparison.kl_p99,
+            "top1": comparison.top1,
+            "perplexity": comparison.other_perplexity,
+            "exact_match": sum(marks) / len(marks),
+            **relative_loss(self.marks[FLOAT32.name], marks),
+            "convert_s": seconds,
+        }
+
+
+def join_samples(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first sample's figures, and the KL of all: the median stands in the row, the spread beside it."""
+    kls = [row["kl"] for row in found]
+    losses = [row["loss"] for row in found]
+    return found[0] | {
+        "name": name,
+        "kl": statistics.median(kls),
+        "kl_samples": kls,
+        "loss_samples": losses,
+    }
+
+
+def measure_speed(folders: dict[str, Path], effort: Effort) -> dict[str, Any]:
+    """Decoding over float32's in the same round."""
+    models = {name: load_model(folder) for name, folder in folders.items()}
+    return decode_ratios(models, FLOAT32.name, num_tokens=effort.tokens, rounds=effort.rounds)
+
+
+def make_speed_folders(work: Path, effort: Effort) -> tuple[str, dict[str, Path]]:
+    """A model that no cache of a processor holds, in the formats whose speed is compared."""
+    shape = SHAPES["qwen3-0.6b"]
+    if effort.is_quick:
+        shape = replace(shape, name="qwen3-0.6b, 8 of 28 layers", num_layers=8, vocab_size=32000)
+    source = work / "random"
+    make_random_model(shape, source)
+    folders = {FLOAT32.name: source}
+    for case in CASES:
+        if case.name in SPEED_CASES and case != FLOAT32 and (case.is_quick or not effort.is_quick):
+            folders[case.name] = work / "speed" / case.name.replace(" ", "_")
+            folders[case.name].parent.mkdir(exist_ok=True)
+            make_folder(source, case, folders[case.name])
+    return f"{shape.name}, random weights", folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer formats, rows and rounds")
+    parser.add_argument("--model", action="append", default=[], help="a larger pocket's folder")
+    parser.add_argument("--only", help="cases whose name has this word, beside float32")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--plot", type=Path, help="where to draw it; needs matplotlib")
+    args = parser.parse_args()
+    effort = QUICK if args.quick else FULL
+    cases = [case for case in CASES if case.is_quick or not args.quick]
+    if args.only:
+        cases = [case for case in cases if case == FLOAT32 or args.only in case.name]
+    result: dict[str, Any] = {
+        "what": "size, damage and speed of quantized models",
+        "versions": {name: version(name) for name in ("mlx", "mlx-edge")},
+        "mode": "quick" if args.quick else "full",
+        "models": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for name in ["pocket", *args.model]:
+            bench = ModelBench(find_model(name), work, effort)
+            result["models"][bench.source.name] = {
+                "items": len(bench.items),
+                "held_out_tokens": int(bench.held_out.size),
+                "rows": bench.run(cases),
+                "speed": measure_speed(
+                    {c.name: bench.folder(c) for c in cases if c.name in SPEED_CASES}, effort
+                ),
+            }
+            mx.clear_cache()
+        shape, folders = make_speed_folders(work, effort)
+        result["speed"] = {"shape": shape, "rates": measure_speed(folders, effort)}
+    summarize(result)
+    print(make_table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        from bench.quantization_plot import draw
+
+        draw(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

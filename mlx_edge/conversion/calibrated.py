@@ -1,0 +1,115 @@
+"""The part of a conversion that runs the model: its text, the allocation of bits, the calibrating methods.
+
+A method is looked for by its name, when it is asked for: `quantize_gptq` in `calibration/gptq.py`. Works on a folder of
+floats; who has a model in another form writes one first.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_edge.calibration.layerwise import LayerwiseModel
+from mlx_edge.calibration.text import BUILT_IN, Samples, cut_samples, read_text
+from mlx_edge.conversion.pipeline import Stored
+from mlx_edge.conversion.plan import Packings
+from mlx_edge.conversion.request import Bars, Request, TextRequest
+from mlx_edge.errors import InvalidRequestError
+from mlx_edge.models.config import ModelConfig
+from mlx_edge.text import load_tokenizer
+from mlx_edge.weights import Checkpoint
+from mlx_edge.weights.writer import replacing
+
+SEQUENCE_LENGTH = 256
+TABLE_NAME = "sensitivity.json"
+
+
+@contextmanager
+def open_model(folder: Path) -> Iterator[LayerwiseModel]:
+    """The model in a folder, a layer in memory at a time; nothing is mapped.
+
+    Raises: MLXEdgeError when it is broken or of a family that is not defined here.
+    """
+    config = ModelConfig.from_folder(folder)
+    with Checkpoint.open(folder, use_mmap=False) as checkpoint:
+        yield LayerwiseModel(checkpoint, config)
+
+
+def read_samples(folder: Path, request: TextRequest) -> Samples:
+    """Rows to calibrate with and rows held out, in the tokens of the model in `folder`.
+
+    Raises: MLXEdgeError when the model has no tokenizer, or the text is too short or cannot be read.
+    """
+    context = ModelConfig.from_folder(folder).context_size
+    length = request.sequence_length or min(SEQUENCE_LENGTH, context)
+    if length > context:
+        raise InvalidRequestError(
+            f"--sequence-length {length} is beyond the {context} positions of {folder.name}; give a smaller one"
+        )
+    tokenizer = load_tokenizer(folder)
+    text, name = read_text(request.source or BUILT_IN)
+    return cut_samples(
+        tokenizer, text, name, num_rows=request.num_samples, length=length, seed=request.seed
+    )
+
+
+def allocate_bits(
+    model: LayerwiseModel, rows: mx.array, request: Request, dtype: mx.Dtype, kept: Path, bars: Bars
+) -> Packings:
+    """The packing of each layer by its measured damage.
+
+    The table of damages is read from the file of the request, or from `kept`, where an earlier run left it; else it is
+    measured. Afterwards it is in `kept`.
+    """
+    from mlx_edge.calibration.allocation import allocate
+    from mlx_edge.calibration.sensitivity import (
+        CANDIDATES,
+        Sensitivity,
+        layer_shapes,
+        measure_sensitivity,
+    )
+
+    given = request.sensitivities
+    known = next((p for p in (given, kept) if p is not None and p.is_file()), None)
+    if known is not None:
+        table = Sensitivity.from_json(_read(known))
+        table = table.select(layer_shapes(model), table.candidates, dtype)
+    else:
+        on_progress = bars("Measuring each layer's sensitivity", "it")
+        table = measure_sensitivity(model, rows, CANDIDATES, dtype, on_progress=on_progress)
+    if known != kept:
+        write_table(kept, table.to_json())
+    return allocate(table, target_bpw=request.target_bpw, max_kl=request.max_kl)
+
+
+def calibrate(
+    model: LayerwiseModel,
+    rows: mx.array,
+    packings: Packings,
+    dtype: mx.Dtype,
+    request: Request,
+    bars: Bars,
+) -> Stored:
+    """The tensors that the request's method chooses, layer by layer, as they are stored."""
+    module = import_module(f"mlx_edge.calibration.{request.method}")
+    method = getattr(module, f"quantize_{request.method}")
+    on_progress = bars(f"Calibrating ({request.method})", "it")
+    stored: Iterator[Mapping[str, mx.array]] = method(
+        model, rows, packings, dtype, on_progress=on_progress
+    )
+    return stored
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error}") from None
+
+
+def write_table(path: Path, text: str) -> None:
+    """Keeps a table of damages for another conversion."""
+    with replacing(path) as file:
+        file.write(text.encode())
