@@ -27,6 +27,7 @@ from bench.quantization_cases import (
     INT8,
     UNIFORM,
     Case,
+    is_mixed,
     make_folder,
     make_random_model,
 )
@@ -35,6 +36,7 @@ from bench.quantization_score import decode_ratios, mark_items, relative_loss
 from bench.quantization_text import SUITES, PocketText
 from mlx_edge.calibration.comparison import compare
 from mlx_edge.calibration.measurement import count_weights
+from mlx_edge.calibration.text import Samples
 from mlx_edge.conversion.calibrated import open_model
 from mlx_edge.models.load import load, load_model
 from mlx_edge.weights.hub import find_model
@@ -47,15 +49,16 @@ class Effort:
     """How much is measured."""
 
     num_samples: int  # calibration samples, each another piece of the training stream
-    calibration_rows: int
+    calibration_rows: int  # of 64 tokens
+    mixed_rows: int  # of those that a table of sensitivities is measured on
     held_rows: int
     tokens: int  # of a round of decoding
     rounds: int
     is_quick: bool
 
 
-FULL = Effort(3, 64, 64, 48, 7, is_quick=False)
-QUICK = Effort(1, 32, 24, 24, 5, is_quick=True)
+FULL = Effort(3, 256, 16, 512, 48, 7, is_quick=False)
+QUICK = Effort(1, 128, 8, 128, 24, 5, is_quick=True)
 
 
 class ModelBench:
@@ -81,26 +84,27 @@ class ModelBench:
         """Where a case's model lies."""
         return self.work / self.source.name / f"{case.name} {seed}".replace(" ", "_")
 
-    def _calibration_file(self, seed: int) -> Path:
-        path = self.work / f"calibration_{seed}.txt"
-        if not path.exists():
-            # convert keeps every fifth row for itself
-            path.write_text(self.text.calibration_text(2 * self.effort.calibration_rows, seed))
-        return path
+    def _samples(self, case: Case, seed: int) -> Samples | None:
+        if not case.is_sampled:
+            return None
+        effort = self.effort
+        number = effort.mixed_rows if is_mixed(case) else effort.calibration_rows
+        return Samples(self.text.calibration_rows(number, seed), self.held_out)
 
     def _measure(self, case: Case, seed: int) -> dict[str, Any]:
         folder = self.folder(case, seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        text = self._calibration_file(seed) if case.is_sampled else None
-        num_rows = self.effort.calibration_rows
-        make_folder(self.source, case, folder, text=text, num_rows=num_rows)
+        samples = self._samples(case, seed)
+        # The methods share a table of damages: it does not depend on them.
+        table = folder.parent / f"sensitivity_{seed}.json" if is_mixed(case) else None
+        make_folder(self.source, case, folder, samples, table)
         seconds = time.perf_counter() - start
         with (
             open_model(self.folder(FLOAT32)) as reference,
             open_model(folder) as other,
         ):
-            comparison = compare(reference, other, self.held_out)
+            comparison = compare(reference, other, self.held_out.rows)
             count = count_weights(other.checkpoint, other.config)
         model, _ = load(str(folder))
         marks = mark_items(model, self.items)
@@ -176,7 +180,7 @@ def main() -> None:
             bench = ModelBench(find_model(name), work, effort)
             result["models"][bench.source.name] = {
                 "items": len(bench.items),
-                "held_out_tokens": int(bench.held_out.size),
+                "held_out_tokens": bench.held_out.num_tokens,
                 "rows": bench.run(cases),
                 "speed": measure_speed(
                     {c.name: bench.folder(c) for c in cases if c.name in SPEED_CASES}, effort
@@ -189,6 +193,7 @@ def main() -> None:
     print(make_table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(make_table(result))
     if args.plot:
         from bench.quantization_plot import draw
 

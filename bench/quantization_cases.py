@@ -1,6 +1,6 @@
 """The formats and methods that bench/quantization.py compares, and the folders it makes with `mlx_edge.conversion`.
 
-Every folder is made as `python -m mlx_edge.convert` makes it; calibration text is a file. Knows no scores.
+Every folder is made as `python -m mlx_edge.convert` makes it. Knows no scores.
 """
 
 import json
@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from bench.peer_models import Shape, config_json
+from mlx_edge.calibration.text import Samples
 from mlx_edge.conversion.converter import Conversion, convert
 from mlx_edge.conversion.pipeline import Rounding
-from mlx_edge.conversion.request import Request, TextRequest
+from mlx_edge.conversion.request import Request
 from mlx_edge.conversion.source import FolderSource
 from mlx_edge.quant import Packing
 
@@ -84,17 +85,22 @@ CASES: tuple[Case, ...] = (
 )
 
 
+def is_mixed(case: Case) -> bool:
+    """Whether bits are allocated by a table of damages."""
+    return case.request.target_bpw is not None
+
+
 def make_folder(
-    source: Path, case: Case, target: Path, *, text: Path | None = None, num_rows: int = 64
+    source: Path,
+    case: Case,
+    target: Path,
+    samples: Samples | None = None,
+    table: Path | None = None,
 ) -> Conversion:
-    """Convert the float folder `source`; `text` calibrates the methods that need it."""
-    request = replace(case.request, has_receipt=False)
-    if case.is_sampled:
-        assert text is not None
-        # Of every five rows convert holds one out, which measures; here that is done on other text.
-        wanted = TextRequest(source=str(text), num_samples=num_rows)
-        request = replace(request, text=wanted)
-    return convert(FolderSource(source), target, request, is_forced=True)
+    """Convert the float folder `source`; `samples` calibrate the methods that need text, `table` keeps damages."""
+    assert samples is not None or not case.is_sampled
+    request = replace(case.request, has_receipt=False, sensitivities=table)
+    return convert(FolderSource(source), target, request, samples=samples, is_forced=True)
 
 
 def make_random_model(shape: Shape, folder: Path) -> None:

@@ -4,6 +4,7 @@ Calibration rows are drawn from the training stream; rows and items that measure
 neither models nor formats.
 """
 
+import hashlib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,14 +12,18 @@ from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_edge.calibration.text import Sample
 from mlx_edge.text import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import pocket_corpus
 
-LENGTH = 256  # tokens of a row
+LENGTH = (
+    64  # tokens of a row; pocket has learned to see one document at a time, and most are shorter
+)
 SUITES = {
     "command": 300,
     "paraphrase": 300,
@@ -55,19 +60,14 @@ class PocketText:
         asked = [] if prompt is None else self._encode(f"<user>{prompt}<assistant>")
         return [self._bos, *asked, *self._encode(answer), self._eos]
 
-    def calibration_text(self, num_rows: int, seed: int) -> str:
-        """At least `num_rows` rows of the training stream, with the markers; every seed another piece of it."""
-        stream = pocket_corpus.documents(pocket_corpus.TRAIN_SEED + 1 + seed)
-        parts: list[str] = []
-        num_tokens = 0
-        while num_tokens < num_rows * LENGTH:
-            document = next(stream)
-            asked = "" if document.prompt is None else f"<user>{document.prompt}<assistant>"
-            parts.append(f"<s>{asked}{document.answer}</s>")
-            num_tokens += len(self._document(document.prompt, document.answer))
-        return "".join(parts)
+    def calibration_rows(self, number: int, seed: int) -> Sample:
+        """Token rows (number, LENGTH) of the training stream; every seed another piece of it."""
+        first = pocket_corpus.TRAIN_SEED + 1 + seed
+        stream = pocket_corpus.documents(first)
+        rows = fill_rows((self._document(d.prompt, d.answer) for d in stream), number)
+        return make_sample(rows, f"the training stream from seed {first}")
 
-    def held_out_rows(self, number: int) -> mx.array:
+    def held_out_rows(self, number: int) -> Sample:
         """Token rows (number, LENGTH) of text that is in no training stream: test items, and stories between them."""
         tests = pocket_corpus.draw_tests(SUITES, HELD_SEED)
         stories = iter(pocket_corpus.held_stories(number, HELD_SEED + 1))
@@ -79,7 +79,7 @@ class PocketText:
                 if index % 8 == 0 and (story := next(stories, None)) is not None:
                     yield self._document(None, story.answer)
 
-        return fill_rows(mixed(), number)
+        return make_sample(fill_rows(mixed(), number), "held-out items and stories")
 
     def items(self, sizes: dict[str, int]) -> list[Item]:
         """The held-out items of pocket's own scores, those of about the same length together."""
@@ -96,11 +96,19 @@ class PocketText:
 
 
 def fill_rows(documents: Iterable[list[int]], number: int) -> mx.array:
-    """The documents one behind the other, cut into `number` rows."""
-    tokens: list[int] = []
+    """Rows that begin with a document; what is left of a row is filled with the next ones, and the last one is cut."""
+    rows: list[list[int]] = []
+    row: list[int] = []
     for document in documents:
-        tokens += document
-        if len(tokens) >= number * LENGTH:
+        row += document
+        if len(row) >= LENGTH:
+            rows.append(row[:LENGTH])
+            row = []
+        if len(rows) == number:
             break
-    number = min(number, len(tokens) // LENGTH)
-    return mx.array(tokens[: number * LENGTH], dtype=mx.int32).reshape(number, LENGTH)
+    return mx.array(rows, dtype=mx.int32)
+
+
+def make_sample(rows: mx.array, source: str) -> Sample:
+    """The rows with their hash."""
+    return Sample(rows, source, hashlib.sha256(np.asarray(rows).tobytes()).hexdigest())

@@ -181,7 +181,17 @@ def make_metal_table() -> str:
     return make_counts_table(json.loads(counts.read_text())) if counts.exists() else ""
 
 
-BLOCKS = {"bench": make_table, "metal": make_metal_table}
+def make_quantization_table() -> str:
+    """What the README shows of quantization: the report that bench/quantization_report.py made."""
+    report = RESULTS / "quantization.md"
+    return report.read_text() if report.exists() else ""
+
+
+BLOCKS = {
+    "bench": make_table,
+    "metal": make_metal_table,
+    "quantization": make_quantization_table,
+}
 
 
 def replaced(text: str) -> str:

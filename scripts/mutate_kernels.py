@@ -30,7 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "metal_kernels"
 EXPLAINED = ROOT / "tests" / "metal" / "survivors.json"
-LIMIT_S = 900  # a mutant that loops for ever is caught by this
+LIMIT_S = 3600  # a mutant that loops for ever is caught by this
 
 # Which tests exercise a file. What they share is in all of their kernels.
 PRODUCTS = ("test_qmv_launches.py", "test_qmv.py", "test_qmm_small.py")

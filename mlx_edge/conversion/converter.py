@@ -65,25 +65,30 @@ def convert(
     target: Path,
     request: Request,
     *,
+    samples: Samples | None = None,
     is_forced: bool = False,
     bars: Bars = lambda _title, _unit: lambda _done, _total: None,
 ) -> Conversion:
     """Write the folder `target` as the request says; it appears when it is complete.
 
     A run that was killed or interrupted leaves `.NAME.partial` beside it, which the same conversion takes up: shards
-    that were whole are kept. `bars` makes a bar of progress for each step.
+    that were whole are kept. `samples` are rows that calibrate and measure, in place of the request's text;
+    `bars` makes a bar of progress for each step.
 
     Raises: MLXEdgeError for a request that does not fit the source, a broken source, a target that is there, and a disk
     that refuses.
     """
-    return _Converter(source, request, bars).run(target, is_forced=is_forced)
+    return _Converter(source, request, samples, bars).run(target, is_forced=is_forced)
 
 
 class _Converter:
     """One conversion: what was asked, and what is found out on the way."""
 
-    def __init__(self, source: Source, request: Request, bars: Bars) -> None:
+    def __init__(
+        self, source: Source, request: Request, samples: Samples | None, bars: Bars
+    ) -> None:
         self._source, self._request, self._bars = source, request, bars
+        self._given = samples
         self._started = time.perf_counter()
         _refuse_action(source, request)
         self._dtype = _choose_dtype(source, request)
@@ -111,6 +116,8 @@ class _Converter:
             "source": self._source.fingerprint(),
             **self._request.key(),
         }
+        if self._given is not None:
+            key["samples"] = (self._given.calibration.sha256, self._given.held_out.sha256)
         for file in (self._request.text.source, self._request.sensitivities):
             if file is not None and Path(file).is_file():
                 with disk_errors(Path(file)):
@@ -136,6 +143,8 @@ class _Converter:
         request = self._request
         if not (self._has_receipt or request.needs_model):
             return "it was not asked for"
+        if self._given is not None:
+            return self._given
         try:
             return read_samples(self._floats(job), request.text)
         except MLXEdgeError as error:

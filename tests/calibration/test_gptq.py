@@ -228,7 +228,7 @@ def test_infinity_on_the_way_is_named(tmp_path: Path) -> None:
     change_weights(folder, lambda n, w: mx.full(w.shape, mx.inf) if "0.mlp.up" in n else w)
     model = open_model(folder)
     with pytest.raises(
-        InvalidRequestError, match="inputs of model.layers.0.mlp.down_proj hold NaN"
+        InvalidRequestError, match=r"inputs of model.layers.0.mlp.down_proj hold NaN"
     ):
         list(quantize_gptq(model, ROWS, uniform(model, Packing(32, 4)), mx.float16))
 
@@ -237,11 +237,11 @@ def test_pocket_diverges_less_than_rounded(tmp_path: Path) -> None:
     model = open_model(find_model("pocket"))
     packings = uniform(model, Packing(64, 4))
     tensors: dict[str, mx.array] = {}
-    rows = pocket_rows(8, is_held_out=False)
+    rows = pocket_rows(6, is_held_out=False)
     for stored in quantize_gptq(model, rows, packings, mx.float16):
         tensors |= stored
-    unseen = pocket_rows(8, is_held_out=True)
+    unseen = pocket_rows(6, is_held_out=True)
     chosen = convert(model, packings, tensors, mx.float16, tmp_path / "gptq")
     rounded = convert(model, packings, {}, mx.float16, tmp_path / "rtn")
     ratio = divergence(model, chosen, unseen) / divergence(model, rounded, unseen)
-    assert ratio < 0.85
+    assert ratio < 0.75
