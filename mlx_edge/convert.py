@@ -23,7 +23,10 @@ DEFAULT_TARGET = "mlx_model"
 BITS = (2, 3, 4, 5, 6, 8)
 
 # Flags that mean something only beside others, by the names that they have in `Namespace`.
-QUANTIZING = "q_bits q_group_size q_mode q_scheme q_per quant_predicate method target_bpw max_kl sensitivities".split()
+QUANTIZING = (
+    *("q_bits", "q_group_size", "q_mode", "q_scheme", "q_per", "quant_predicate", "method"),
+    *("activations", "target_bpw", "max_kl", "sensitivities"),
+)
 CONVERTING = [
     *("model", "mlx_path", "revision", "quantize", "dequantize", "realign", "dtype", "force"),
     *("no_receipt", "seed", *QUANTIZING),
@@ -97,6 +100,11 @@ def _add_methods(parser: Parser) -> None:
         choices=("rtn", "gptq", "awq", "dwq", "smooth"),
         help="how codes and scales are chosen (default: rtn, round to nearest)",
     )
+    add(
+        "--activations",
+        choices=("dynamic", "static"),
+        help="int8 steps of what meets the weights: as it comes (default), or fixed by the text",
+    )
     add("--target-bpw", type=number(1, 32), help="mixed bits by measure: real bits per weight")
     add("--max-kl", type=number(0), help="mixed bits by measure: the most damage, nats per token")
     add(
@@ -139,6 +147,7 @@ def check_flags(args: Namespace) -> None:
         if name in given and not args.quantize:
             raise InvalidRequestError(f"{_flag(name)} needs -q")
     runs = args.method not in (None, "rtn") or given & {"target_bpw", "max_kl"}
+    runs = runs or args.activations == "static"
     for name in SAMPLING:
         if name in given and args.no_receipt and not runs:
             raise InvalidRequestError(
@@ -174,6 +183,7 @@ def make_request(args: Namespace) -> "Request":
         sensitivities=None if args.sensitivities is None else Path(args.sensitivities),
         dtype=None if args.dtype is None else DTYPES[args.dtype],
         method=args.method or "rtn",
+        has_static_inputs=args.activations == "static",
         rounding=Rounding(args.q_scheme == "symmetric", args.q_per or "group"),
         text=TextRequest(
             args.calibration, args.num_samples or 64, args.sequence_length, args.seed or 0

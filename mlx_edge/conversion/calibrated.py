@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_edge.calibration.layerwise import LayerwiseModel
 from mlx_edge.calibration.text import BUILT_IN, Samples, cut_samples, read_text
-from mlx_edge.conversion.pipeline import Stored
+from mlx_edge.conversion.pipeline import Progress, Stored
 from mlx_edge.conversion.plan import Packings
 from mlx_edge.conversion.request import Bars, Request, TextRequest
 from mlx_edge.errors import InvalidRequestError
@@ -100,6 +101,27 @@ def calibrate(
         model, rows, packings, dtype, on_progress=on_progress
     )
     return stored
+
+
+def fix_inputs(
+    model: LayerwiseModel, rows: mx.array, packings: Packings, on_progress: Progress
+) -> dict[str, Any]:
+    """The entry of config.json with the int8 steps of the inputs of every quantized layer but the down projections.
+
+    Those keep floats: a few of their inputs are a hundred times the others, and one fixed step loses the rest.
+    """
+    from mlx_edge.calibration.activations import describe_scales, static_scales
+
+    family = model.config.family
+    scales = static_scales(model, rows, on_progress=on_progress)
+    table = family.embedding if family.head not in packings else family.head
+    kept = {
+        name: scale
+        for name, scale in scales.items()
+        if packings.get(table if name == family.head else name) is not None
+        and not name.endswith(family.down)
+    }
+    return {"activation_quantization": describe_scales(kept)}
 
 
 def _read(path: Path) -> str:

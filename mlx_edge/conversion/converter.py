@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlx_edge.conversion.calibrated import (
     TABLE_NAME,
     allocate_bits,
     calibrate,
+    fix_inputs,
     open_model,
     read_samples,
     write_table,
@@ -96,7 +97,7 @@ class _Converter:
     def run(self, target: Path, *, is_forced: bool) -> Conversion:
         with open_job(target, self._key(), is_forced=is_forced) as job:
             samples = self._read_samples(job)
-            plan = self._make_plan(job, samples)
+            plan = self._fix_inputs(job, self._make_plan(job, samples), samples)
             self._write(job, plan, samples)
             receipt = self._measure(job, plan, samples) if self._has_receipt else None
             job.finish()
@@ -161,6 +162,17 @@ class _Converter:
         if request.action != "quantize":
             return make_plan(source, {}, dtype)
         return make_plan(source, self._choose_packings(job, samples), dtype, self._default)
+
+    def _fix_inputs(self, job: Job, plan: Plan, samples: Samples | str) -> Plan:
+        """The plan with the int8 steps of its quantized layers' inputs, if they were asked for."""
+        if not self._request.has_static_inputs:
+            return plan
+        assert isinstance(samples, Samples)
+        check_finite(self._source)
+        with open_model(self._floats(job)) as model:
+            on_progress = self._bars("Measuring the inputs", "it")
+            inputs = fix_inputs(model, samples.calibration.rows, plan.packings, on_progress)
+        return replace(plan, config=plan.config | inputs)
 
     @property
     def _default(self) -> Packing | None:

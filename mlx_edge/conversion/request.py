@@ -49,6 +49,7 @@ class Request:
     )
     method: Method = "rtn"
     rounding: Rounding = field(default_factory=Rounding)
+    has_static_inputs: bool = False  # inputs of linears in int8 steps that the text has fixed
     text: TextRequest = field(default_factory=TextRequest)
     has_receipt: bool = True
     max_shard_bytes: int = 5 * 10**9
@@ -61,6 +62,8 @@ class Request:
             _refuse("--quant-predicate, --target-bpw and --max-kl exclude each other; give one")
         if self.action != "quantize" and (any(ways) or self.method != "rtn"):
             _refuse("--quant-predicate, --target-bpw, --max-kl and --method need -q")
+        if self.action != "quantize" and self.has_static_inputs:
+            _refuse("--activations static needs -q")
         if self.recipe is not None and self.recipe not in RECIPES:
             _refuse(f"--quant-predicate {self.recipe}: expected one of {', '.join(RECIPES)}")
         if self.method not in METHODS:
@@ -84,7 +87,8 @@ class Request:
     @property
     def needs_model(self) -> bool:
         """Whether the model must run before its weights can be written."""
-        return self.method != "rtn" or self.target_bpw is not None or self.max_kl is not None
+        is_measured = self.target_bpw is not None or self.max_kl is not None
+        return self.method != "rtn" or is_measured or self.has_static_inputs
 
     def key(self) -> dict[str, Any]:
         """All that the written bytes depend on, besides the source."""
