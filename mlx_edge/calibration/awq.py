@@ -61,7 +61,7 @@ def quantize_awq(
         layer = model.read_layer(index)
         sums, _ = sum_inputs(model, layer, index, hidden)
         scaled = ScaledLayer(model, layer, index, dtype)
-        hessians = _scale_layer(scaled, model.config, index, sums, packings, dtype, num_alphas)
+        hessians = scale_layer(scaled, model.config, index, sums, packings, dtype, num_alphas)
         stored = scaled.store(packings, _quantizer(model.config, dtype, hessians))
         hidden = model.run_layer(scaled.layer, index, hidden)
         yield stored
@@ -99,7 +99,7 @@ def quantize_fitted(
     return pack(codes, fit_grid(exact, wide, grid, dtype, hessian), packing, dtype)
 
 
-def _scale_layer(
+def scale_layer(
     scaled: ScaledLayer,
     config: ModelConfig,
     index: int,

@@ -6,11 +6,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_edge.calibration.awq import quantize_awq, search_scales
+from mlx_edge.calibration.awq import quantize_awq, scale_layer, search_scales
 from mlx_edge.calibration.grid_fitting import narrow_grid
-from mlx_edge.calibration.hessian import InputSums, output_error
+from mlx_edge.calibration.hessian import InputSums, output_error, sum_inputs
 from mlx_edge.calibration.layerwise import LayerwiseModel, forward_layer
-from mlx_edge.calibration.scaling import Fold, ScaledLayer, find_folds, spread_channels
+from mlx_edge.calibration.scaling import (
+    Fold,
+    ScaledLayer,
+    find_folds,
+    gather_channels,
+    spread_channels,
+)
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.quant import Packing, dequantize, make_grid, quantize, quantize_onto
@@ -136,6 +142,25 @@ def test_values_that_query_heads_share_have_one_scale() -> None:
     spread = spread_channels(CONFIG, fold, mx.arange(64))
     first, second = list(range(32)), list(range(32, 64))
     assert spread.tolist() == first + first + second + second
+    sizes = mx.concatenate([mx.zeros(32), mx.ones(32), 3 * mx.ones(32), 2 * mx.ones(32)])
+    assert gather_channels(CONFIG, fold, sizes).tolist() == [1.0] * 32 + [3.0] * 32
+
+
+def test_scaled_linears_are_clipped_for_what_they_are_then_given(tmp_path: Path) -> None:
+    model = open_model(tiny_folder(tmp_path / "m"))
+    layer, hidden = model.read_layer(1), model.embed(ROWS)
+    sums, _ = sum_inputs(model, layer, 1, hidden)
+    scaled = ScaledLayer(model, layer, 1, mx.float32)
+    packings = uniform(model, Packing(32, 2))
+    hessians = scale_layer(scaled, model.config, 1, sums, packings, mx.float32, 20)
+    after, _ = sum_inputs(model, scaled.layer, 1, hidden)
+    moved = 0
+    for name, hessian in hessians.items():
+        wanted = after[name].hessian
+        off = ~np.eye(len(wanted), dtype=bool)  # the diagonal is damped
+        np.testing.assert_allclose(hessian[off], wanted[off], atol=1e-3 * np.abs(wanted).max())
+        moved += not np.allclose(sums[name].hessian, wanted, rtol=1e-2)
+    assert moved > 3
 
 
 def test_narrow_grids_are_never_worse_for_their_group() -> None:

@@ -9,9 +9,17 @@ import pytest
 
 from mlx_edge.calibration.gptq import choose_codes, quantize_gptq, quantize_weight
 from mlx_edge.calibration.grid_fitting import fit_grid
-from mlx_edge.calibration.hessian import InputSums, damp, output_error, sum_inputs
+from mlx_edge.calibration.head import quantize_head
+from mlx_edge.calibration.hessian import (
+    InputSums,
+    damp,
+    output_error,
+    sum_head_inputs,
+    sum_inputs,
+)
 from mlx_edge.calibration.layerwise import LayerwiseModel
 from mlx_edge.errors import InvalidRequestError
+from mlx_edge.ops import Quantized
 from mlx_edge.quant import Grid, Packing, dequantize, make_grid, quantize, unpack
 from mlx_edge.weights.hub import find_model
 from tests.calibration.converted import convert, divergence, layer_names, pocket_rows, uniform
@@ -140,6 +148,18 @@ def test_one_token_is_enough() -> None:
     assert output_error(chosen - weight, seen) < 0.02 * output_error(rounded - weight, seen)
 
 
+def test_the_grid_is_fitted_to_the_codes() -> None:
+    weight, packing = random_weight(16, 64), Packing(32, 3)
+    sums = sums_of(correlated_inputs(300, 64))
+    hessian = damp(sums.hessian, 0.01)
+    grid = make_grid(weight, packing, mx.float16)
+    codes = mx.array(choose_codes(np.array(weight, np.float64), grid, packing, hessian))
+    plain = grid.values(codes.reshape(16, 2, 32).astype(mx.float32)).reshape(16, 64)
+    fitted = dequantize(quantize_weight(weight, packing, mx.float16, hessian))
+    seen = sums.mean_hessian()
+    assert output_error(fitted - weight, seen) < 0.97 * output_error(plain - weight, seen)
+
+
 def test_a_fitted_grid_is_least_squares_and_never_worse() -> None:
     weight, packing = random_weight(12, 32), Packing(32, 3)
     x = correlated_inputs(90, 32)
@@ -160,8 +180,8 @@ def test_a_fitted_grid_is_least_squares_and_never_worse() -> None:
         return ((lost @ hessian) * lost).sum(1)
 
     assert (errors(grid) <= errors(plain) * 1.000001).all()
-    coarse = fit_grid(exact, wide, plain, mx.bfloat16, hessian)  # may not keep what rounding spoils
-    assert (errors(coarse) <= errors(plain) * 1.000001).all()
+    coarse = fit_grid(exact, wide, grid, mx.bfloat16, hessian)  # rounding can only spoil it
+    assert (errors(coarse) <= errors(grid) * 1.000001).all()
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama-tied", "qwen2"])
@@ -204,6 +224,32 @@ def test_layers_are_calibrated_behind_quantized_ones(tmp_path: Path) -> None:
     first, second = collect(model, coarse), collect(model, mixed)
     name = "model.layers.2.mlp.up_proj.weight"
     assert not mx.array_equal(first[name], second[name])
+
+
+def test_sums_are_those_of_all_tokens() -> None:
+    x = correlated_inputs(60, 32)
+    sums = sums_of(x[:10])
+    sums.add(x[10:].reshape(2, 25, 32))
+    exact = np.array(x, np.float64)
+    np.testing.assert_allclose(sums.hessian, exact.T @ exact, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(sums.sizes, np.abs(exact).sum(0), rtol=1e-5)
+    np.testing.assert_array_equal(sums.largest, np.abs(exact).max(0))
+    assert sums.num_tokens == 60
+
+
+@pytest.mark.parametrize(("name", "share"), [("llama-tied", 1.0), ("llama2", 0.01)])
+def test_a_head_that_is_the_table_is_damped_more(name: str, share: float, tmp_path: Path) -> None:
+    model = open_model(tiny_folder(tmp_path / "m", name))
+    hidden = model.run(ROWS)
+    given: list[np.ndarray] = []
+
+    def keep(weight: mx.array, packing: Packing, hessian: np.ndarray) -> Quantized:
+        given.append(hessian)
+        return quantize(weight, packing, mx.float16)
+
+    quantize_head(model, hidden, uniform(model, Packing(32, 4)), keep, 0.01)
+    plain = sum_head_inputs(model, hidden).hessian
+    np.testing.assert_allclose(given[0], plain + share * np.eye(64) * np.diag(plain).mean())
 
 
 def test_linears_with_one_input_share_its_sums(tmp_path: Path) -> None:
