@@ -228,7 +228,7 @@ sys.exit(code)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc for the peak of a process")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Peaks of the command's process: four times the layers, less than two tensors more (their packs alone are 21 MB)."""
+    """Peaks of the command's process: four times the layers, less than two tensors more; 21 MB are packs alone."""
     rows, columns = 2048, 2048
     peaks = []
     for num_layers in (3, 12):
