@@ -16,7 +16,7 @@ from mlx.optimizers import Adam
 
 from mlx_edge import ops
 from mlx_edge.calibration.layerwise import LayerwiseModel, as_dense, forward_layer
-from mlx_edge.calibration.sensitivity import is_tied, kl_divergence, read_table
+from mlx_edge.calibration.sensitivity import kl_divergence
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Layer
 from mlx_edge.models.linears import replace_linears
@@ -144,8 +144,8 @@ class Student:
         self._layers = [self._take_layer(index) for index in range(model.num_layers)]
         family = model.config.family
         self.teacher_head = model.read_head()
-        ends = {family.embedding: read_table(model)}
-        if not is_tied(model):
+        ends = {family.embedding: model.read_table()}
+        if not model.is_tied:
             ends[family.head] = as_dense(self.teacher_head.projection)
         self._ends = self._take(ends)
 

@@ -27,21 +27,13 @@ def quantize_head(
     A table that is embedding and head at once is damped by the whole mean of X^T X's diagonal: as rows that are looked
     up, every channel of it counts the same.
     """
-    is_tied = is_head_tied(model)
     family = model.config.family
-    name = family.embedding if is_tied else family.head
+    name = family.embedding if model.is_tied else family.head
     packing = packings[name]
     if packing is None:
         return {}
     sums = sum_head_inputs(model, hidden)
     weight = model.read_head().projection
     assert isinstance(weight, ops.Dense)
-    hessian = damp(sums.hessian, 1.0 if is_tied else damping)
+    hessian = damp(sums.hessian, 1.0 if model.is_tied else damping)
     return stored_tensors(name, quantize(weight.weight, packing, hessian))
-
-
-def is_head_tied(model: LayerwiseModel) -> bool:
-    """Whether the token table is the head, too."""
-    if model.config.is_tied is not None:
-        return model.config.is_tied
-    return f"{model.config.family.head}.weight" not in model.checkpoint.names()

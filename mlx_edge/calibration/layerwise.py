@@ -61,11 +61,21 @@ class LayerwiseModel:
         """The linears of a layer by name, in the order of their use."""
         return find_linears(layer, self.config, index)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the token table is the head, too."""
+        if self.config.is_tied is not None:
+            return self.config.is_tied
+        return f"{self.config.family.head}.weight" not in self.checkpoint.names()
+
+    def read_table(self) -> ops.Dense:
+        """The token table (V, E) in float32."""
+        return as_dense(self._assembler().embedding().table)
+
     def embed(self, rows: mx.array) -> mx.array:
         """Hidden states (R, L, E) float32 of token rows (R, L)."""
-        embedding = self._assembler().embedding()
         with ops.reference():
-            hidden = ops.embed(rows, embedding).astype(mx.float32)
+            hidden = ops.embed(rows, ops.Embedding(self.read_table()))
         mx.eval(hidden)
         return hidden
 

@@ -17,7 +17,6 @@ from mlx_edge import ops
 from mlx_edge.calibration.layerwise import LayerwiseModel, as_dense
 from mlx_edge.calibration.text import spread
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.assembly import Assembler
 from mlx_edge.models.linears import replace_linears
 from mlx_edge.quant import MODES, Packing, dequantize, quantize
 
@@ -129,27 +128,11 @@ class Sensitivity:
 def layer_shapes(model: LayerwiseModel) -> dict[str, tuple[int, int]]:
     """Rows and columns of every linear, the embedding and (unless it is the embedding) the head, by layer name."""
     family, head = model.config.family, model.read_head().projection
-    shapes = {family.embedding: read_table(model).shape}
+    shapes = {family.embedding: model.read_table().shape}
     for index in range(model.num_layers):
         linears = model.find_linears(model.read_layer(index), index)
         shapes |= {name: linear.shape for name, linear in linears.items()}
-    return shapes if is_tied(model) else {**shapes, family.head: head.shape}
-
-
-def is_tied(model: LayerwiseModel) -> bool:
-    """Whether the head is the embedding's table."""
-    tied = model.config.is_tied
-    return (
-        f"{model.config.family.head}.weight" not in model.checkpoint.names()
-        if tied is None
-        else tied
-    )
-
-
-def read_table(model: LayerwiseModel) -> ops.Dense:
-    """The embedding's table in float32."""
-    assembler = Assembler(model.checkpoint, model.config, lambda x: x.astype(mx.float32))
-    return as_dense(assembler.embedding().table)
+    return shapes if model.is_tied else {**shapes, family.head: head.shape}
 
 
 def measure_sensitivity(
@@ -204,7 +187,7 @@ class _Measure:
         hidden = self._model.embed(self._rows)
         for index in range(self._model.num_layers):
             hidden = self._measure_layer(index, hidden)
-        if not is_tied(self._model):
+        if not self._model.is_tied:
             for place, head in self._variants(
                 self._model.config.family.head, self._head.projection
             ):
@@ -228,9 +211,9 @@ class _Measure:
 
     def _measure_embedding(self) -> None:
         name = self._model.config.family.embedding
-        for place, table in self._variants(name, read_table(self._model)):
+        for place, table in self._variants(name, self._model.read_table()):
             [hidden] = self._finish(0, [table.weight[self._rows]])
-            head = table if is_tied(self._model) else self._head.projection
+            head = table if self._model.is_tied else self._head.projection
             self._note(name, place, hidden, head)
 
     def _measure_layer(self, index: int, hidden: mx.array) -> mx.array:

@@ -12,7 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_edge.calibration.allocation import allocate
+from mlx_edge.calibration.comparison import compare
 from mlx_edge.calibration.layerwise import LayerwiseModel
+from mlx_edge.calibration.rounding import RoundedModel
+from mlx_edge.calibration.sensitivity import (
+    CANDIDATES,
+    Sensitivity,
+    layer_shapes,
+    measure_sensitivity,
+)
 from mlx_edge.calibration.text import BUILT_IN, Samples, cut_samples, read_text
 from mlx_edge.conversion.pipeline import Progress, Stored
 from mlx_edge.conversion.plan import Packings
@@ -25,6 +34,7 @@ from mlx_edge.weights.writer import replacing
 
 SEQUENCE_LENGTH = 256
 TABLE_NAME = "sensitivity.json"
+MAX_AIMS = 6  # of an allocation for a damage; each measures the whole model
 
 
 @contextmanager
@@ -64,14 +74,6 @@ def allocate_bits(
     The table of damages is read from the file of the request, or from `kept`, where an earlier run left it; else it is
     measured. Afterwards it is in `kept`.
     """
-    from mlx_edge.calibration.allocation import allocate
-    from mlx_edge.calibration.sensitivity import (
-        CANDIDATES,
-        Sensitivity,
-        layer_shapes,
-        measure_sensitivity,
-    )
-
     given = request.sensitivities
     known = next((p for p in (given, kept) if p is not None and p.is_file()), None)
     if known is not None:
@@ -82,7 +84,27 @@ def allocate_bits(
         table = measure_sensitivity(model, rows, CANDIDATES, dtype, on_progress=on_progress)
     if known != kept:
         write_table(kept, table.to_json())
-    return allocate(table, target_bpw=request.target_bpw, max_kl=request.max_kl)
+    if request.max_kl is None:
+        return allocate(table, target_bpw=request.target_bpw, max_kl=None)
+    return _keep_below(model, rows, table, request.max_kl, dtype)
+
+
+def _keep_below(
+    model: LayerwiseModel, rows: mx.array, table: Sensitivity, max_kl: float, dtype: mx.Dtype
+) -> Packings:
+    """An allocation whose measured damage is at most `max_kl`.
+
+    The sum of the layers' damages is a guess, and a hopeful one, as the least of many noisy figures was chosen: what it
+    misses by, the next guess aims lower.
+    """
+    aim = max_kl
+    for _ in range(MAX_AIMS):
+        packings = allocate(table, target_bpw=None, max_kl=aim)
+        measured = compare(model, RoundedModel(model, packings, dtype), rows).kl_mean
+        if measured <= max_kl:
+            return packings
+        aim *= 0.95 * max_kl / measured
+    return allocate(table, target_bpw=None, max_kl=0.0)
 
 
 def calibrate(
