@@ -200,7 +200,7 @@ def open_source(args: Namespace, stack: ExitStack) -> "Source":
     if args.model.endswith(".gguf"):
         if args.revision is not None:
             raise InvalidRequestError("--revision does not go with a file")
-        from mlx_edge.conversion.gguf_source import GGUFSource
+        from mlx_edge.conversion.gguf.source import GGUFSource
 
         source: Source = stack.enter_context(GGUFSource(Path(args.model)))
         return source

@@ -20,7 +20,7 @@ from tests.models.tiny import CONFIGS, make_model, save_model
 
 pytest.importorskip("gguf", reason="reading GGUF needs the extra mlx-edge[gguf]")
 
-from mlx_edge.conversion.gguf_source import GGUFSource
+from mlx_edge.conversion.gguf.source import GGUFSource
 from tests.conversion.gguf_files import add_sentencepiece, write_model
 
 POCKET = find_model("pocket")

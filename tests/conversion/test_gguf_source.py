@@ -19,8 +19,8 @@ from tests.weights.files import same
 
 gguf = pytest.importorskip("gguf", reason="reading GGUF needs the extra mlx-edge[gguf]")
 
-from mlx_edge.conversion.gguf_repack import repack  # noqa: E402 (after the skip)
-from mlx_edge.conversion.gguf_source import GGUFSource  # noqa: E402
+from mlx_edge.conversion.gguf.repack import repack  # noqa: E402 (after the skip)
+from mlx_edge.conversion.gguf.source import GGUFSource  # noqa: E402
 from tests.conversion.gguf_files import add_sentencepiece, permute, write_model  # noqa: E402
 
 POCKET = find_model("pocket")
@@ -143,8 +143,8 @@ def test_repacked_values_are_exact_or_refused(kind: str, bits: int, dtype: mx.Dt
 
 def test_rows_are_turned_back() -> None:
     """The two directions are each other's inverse, on heads of more than one size."""
-    from mlx_edge.conversion.gguf_names import Place
-    from mlx_edge.conversion.gguf_source import _row_order
+    from mlx_edge.conversion.gguf.names import Place
+    from mlx_edge.conversion.gguf.source import _row_order
 
     for heads, head_dim in ((1, 2), (4, 32), (3, 10)):
         rows = np.arange(heads * head_dim * 3).reshape(-1, 3)

@@ -18,7 +18,7 @@ from tests.text.conftest import SENTENCES
 
 gguf = pytest.importorskip("gguf", reason="reading GGUF needs the extra mlx-edge[gguf]")
 
-from mlx_edge.conversion.gguf_tokenizer import make_tokenizer_files  # noqa: E402 (after the skip)
+from mlx_edge.conversion.gguf.tokenizer import make_tokenizer_files  # noqa: E402 (after the skip)
 from mlx_edge.weights.gguf import GGUFFile  # noqa: E402
 from tests.conversion.gguf_files import add_byte_level, add_sentencepiece  # noqa: E402
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_edge.conversion.gguf_config import TURNED, make_config
-from mlx_edge.conversion.gguf_names import ROPE_FACTORS, Place, find_places
-from mlx_edge.conversion.gguf_repack import PACKINGS, repack
-from mlx_edge.conversion.gguf_tokenizer import make_tokenizer_files
+from mlx_edge.conversion.gguf.config import TURNED, make_config
+from mlx_edge.conversion.gguf.names import ROPE_FACTORS, Place, find_places
+from mlx_edge.conversion.gguf.repack import PACKINGS, repack
+from mlx_edge.conversion.gguf.tokenizer import make_tokenizer_files
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.ops.types import Quantized
@@ -79,7 +79,7 @@ class GGUFSource:
     ) -> Quantized | None:
         """The weight of a layer in this packing as the file has it, no value rounded again.
 
-        None where the file has it otherwise, or has scales that `dtype` does not hold exactly (see `gguf_repack`).
+        None where the file has it otherwise, or has scales that `dtype` does not hold exactly (see `repack.py`).
         """
         place = self._place(f"{layer}.weight")
         kind = self._file.tensors[place.name].type.name

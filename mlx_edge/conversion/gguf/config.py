@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_edge.conversion.gguf_names import ROPE_FACTORS
+from mlx_edge.conversion.gguf.names import ROPE_FACTORS
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.config import MAX_EXTENT, MAX_LAYERS
 from mlx_edge.models.fields import Fields

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_edge.conversion.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from mlx_edge.conversion.gguf_vocabulary import (
+from mlx_edge.conversion.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from mlx_edge.conversion.gguf.vocabulary import (
     BYTE,
     CONTROL,
     PREFIX,
