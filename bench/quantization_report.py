@@ -82,6 +82,8 @@ def make_table(result: Result) -> str:
     for name, model in result["models"].items():
         lines += ["", *_model_table(name, model)]
     lines += ["", *_speed_table(result["speed"])]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines += ["", f"{versions}; {result['mode']} run on a CPU."]
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_edge.benchmark import make_parser as make_benchmark_parser
+from mlx_edge.convert import make_parser as make_convert_parser
 from mlx_edge.generate import make_parser
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ def test_benchmark_table_is_made_from_the_results() -> None:
 
 def test_flags_named_in_the_readme_exist() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--editable"}
-    parsers = [make_parser(), make_benchmark_parser()]
+    parsers = [make_parser(), make_benchmark_parser(), make_convert_parser()]
     known = {flag for p in parsers for action in p._actions for flag in action.option_strings}
     assert named <= known
 

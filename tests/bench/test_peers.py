@@ -97,7 +97,7 @@ def test_a_child_that_fails_says_its_last_line(tmp_path: Path) -> None:
 def test_every_key_has_its_line_in_the_readme() -> None:
     from tests.bench.test_peer_summary import KEYS
 
-    text = (ROOT / "bench" / "README.md").read_text().split("## Metal kernels")[0]
+    text = (ROOT / "bench" / "README.md").read_text().split("## Quantized models")[0]
     lines = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
     assert sorted(lines) == sorted(KEYS)
 

@@ -1,5 +1,8 @@
 """The bench of quantization: its text is held out, its losses are paired, its summary takes the right rows."""
 
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
@@ -8,6 +11,8 @@ from bench.quantization_score import relative_loss
 from bench.quantization_text import LENGTH, PocketText, fill_rows
 from mlx_edge.text import load_tokenizer
 from mlx_edge.weights.hub import find_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(name, kl, num_bytes=14, **values):
@@ -44,6 +49,8 @@ def result():
     return {
         "models": {"pocket": {"rows": rows, "items": 10, "held_out_tokens": 64}},
         "speed": {"shape": "some", "rates": rates},
+        "versions": {"mlx": "0.1"},
+        "mode": "quick",
     }
 
 
@@ -63,6 +70,13 @@ def test_the_summary_has_ratios_and_the_best_int4_by_kl(result):
     }
     table = make_table(result)
     assert "gptq 4 bit g32" in table and "not run" in table
+
+
+def test_every_key_has_its_line_in_the_readme(result):
+    summarize(result)
+    text = (ROOT / "bench" / "README.md").read_text().split("## Quantized models")[1]
+    lines = re.findall(r"^\| (`.*?`) \|", text.split("\n## ")[0], re.MULTILINE)
+    assert {key for line in lines for key in re.findall(r"`(\w+)`", line)} == set(result["summary"])
 
 
 def test_int4_has_a_limit_of_bytes(result):
