@@ -41,7 +41,7 @@ from mlx_edge.conversion.recipes import mix
 from mlx_edge.conversion.request import Bars, Request
 from mlx_edge.conversion.source import FolderSource, Source, is_quantized
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError
-from mlx_edge.profiler.memory import sample_memory
+from mlx_edge.profiler.memory import peak_resident_bytes
 from mlx_edge.quant import Packing
 from mlx_edge.weights.report import format_bytes
 from mlx_edge.weights.stream_writer import StreamWriter
@@ -102,7 +102,7 @@ class _Converter:
             receipt = self._measure(job, plan, samples) if self._has_receipt else None
             job.finish()
         self._keep_table(target)
-        peak = sample_memory().peak_resident
+        peak = peak_resident_bytes()
         return Conversion(target, plan, receipt, time.perf_counter() - self._started, peak)
 
     @property
@@ -259,7 +259,7 @@ class _Converter:
             calibrated_on=TextSource(sample.source, sample.sha256)
             if sample is not None and request.needs_model
             else None,
-            run=Run(time.perf_counter() - self._started, sample_memory().peak_resident),
+            run=Run(time.perf_counter() - self._started, peak_resident_bytes()),
         )
         floats = None if isinstance(samples, str) else self._floats(job)
         receipt = judge(floats, job.folder, plan, facts, samples, self._bars)

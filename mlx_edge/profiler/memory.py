@@ -56,6 +56,19 @@ def resident_bytes() -> int | None:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_resident_bytes() -> int:
+    """The most bytes of this process that lay in physical memory at once; on Linux of this program alone.
+
+    There `ru_maxrss`, which is a hundred times as fast to read, begins with what the parent process had.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return sample_memory().peak_resident
+    own = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return max(1024 * int(next(own, "0")), resident_bytes() or 0)
+
+
 def _resident_on_macos(process: int) -> int | None:
     """From libproc's proc_pid_rusage, flavour 0. Written from its header; it has not run on an Apple machine."""
     try:

@@ -5,6 +5,7 @@ import sys
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlx_edge.profiler import Memory, Profiler, memory, sample_memory
 from tests.profiler.ticking import Clock
@@ -31,6 +32,17 @@ def test_the_process_is_seen() -> None:
     assert after.resident - before.resident > 32 * MIB
     assert after.peak_resident >= after.resident
     assert block.size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts otherwise")
+def test_the_peak_of_a_program_is_its_own() -> None:
+    block = np.ones(256 * MIB, np.uint8)  # what a child begins with in `ru_maxrss`
+    program = "from mlx_edge.profiler.memory import peak_resident_bytes as p; print(p())"
+    said = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert 4 * MIB < int(said.stdout) < 128 * MIB
+    assert memory.peak_resident_bytes() > block.size
 
 
 def test_without_mlx_it_is_not_loaded() -> None:
