@@ -130,7 +130,8 @@ def find_mutants(file: str) -> Iterator[Mutant]:
             line = code.count("\n", 0, match.start()) + 1
             after = change(match)
             if after != match[0]:
-                yield Mutant(file, name, line, match.start(), match[0], after)
+                before = text[match.start() : match.end()]  # a comment may stand in it
+                yield Mutant(file, name, line, match.start(), before, after)
 
 
 def draw(seed: int, files: list[str]) -> Iterator[Mutant]:
