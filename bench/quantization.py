@@ -24,16 +24,13 @@ from bench.peer_models import SHAPES
 from bench.quantization_cases import (
     CASES,
     FLOAT32,
-    INT8,
-    UNIFORM,
     Case,
-    is_mixed,
     make_folder,
     make_random_model,
 )
-from bench.quantization_report import make_table, summarize
+from bench.quantization_report import INT8, UNIFORM, make_table, summarize
 from bench.quantization_score import decode_ratios, mark_items, relative_loss
-from bench.quantization_text import SUITES, PocketText
+from bench.quantization_text import PocketText, eval_pocket
 from mlx_edge.calibration.comparison import compare
 from mlx_edge.calibration.measurement import count_weights
 from mlx_edge.calibration.text import Samples
@@ -67,7 +64,7 @@ class ModelBench:
     def __init__(self, source: Path, work: Path, effort: Effort) -> None:
         self.source, self.work, self.effort = source, work, effort
         self.text = PocketText(load(str(source))[1])
-        self.items = self.text.items(SUITES)
+        self.items = self.text.items(eval_pocket.SUITES)
         self.held_out = self.text.held_out_rows(effort.held_rows)
         self.marks: dict[str, list[bool]] = {}
 
@@ -88,7 +85,7 @@ class ModelBench:
         if not case.is_sampled:
             return None
         effort = self.effort
-        number = effort.mixed_rows if is_mixed(case) else effort.calibration_rows
+        number = effort.mixed_rows if case.request.is_measured else effort.calibration_rows
         return Samples(self.text.calibration_rows(number, seed), self.held_out)
 
     def _measure(self, case: Case, seed: int) -> dict[str, Any]:
@@ -97,7 +94,7 @@ class ModelBench:
         start = time.perf_counter()
         samples = self._samples(case, seed)
         # The methods share a table of damages: it does not depend on them.
-        table = folder.parent / f"sensitivity_{seed}.json" if is_mixed(case) else None
+        table = folder.parent / f"sensitivity_{seed}.json" if case.request.is_measured else None
         make_folder(self.source, case, folder, samples, table)
         seconds = time.perf_counter() - start
         with (

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from bench.peer_models import Shape, config_json
+from bench.quantization_report import INT8, UNIFORM
 from mlx_edge.calibration.text import Samples
 from mlx_edge.conversion.converter import Conversion, convert
 from mlx_edge.conversion.pipeline import Rounding
@@ -50,8 +51,6 @@ def _mixed(method: Any, *, is_quick: bool = False) -> Case:
 
 
 FLOAT32 = Case("float32", Request(dtype=mx.float32), is_quick=True)
-INT8 = "rtn 8 bit g64"
-UNIFORM = "rtn 4 bit g64"
 CASES: tuple[Case, ...] = (
     FLOAT32,
     Case("float16", Request(dtype=mx.float16)),
@@ -83,11 +82,6 @@ CASES: tuple[Case, ...] = (
     _rounded("rtn 2 bit g64", Packing(64, 2)),
     _calibrated("gptq", 2, 64),
 )
-
-
-def is_mixed(case: Case) -> bool:
-    """Whether bits are allocated by a table of damages."""
-    return case.request.target_bpw is not None
 
 
 def make_folder(

@@ -12,31 +12,23 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from bench.quantization_text import Item
+from bench.quantization_text import eval_pocket
 from mlx_edge.decoding.loop import generate_step
 
-BATCH = 16
 DRAWS = 10_000  # of the bootstrap
 
 
-def mark_items(model: Any, items: Sequence[Item]) -> list[bool]:
-    """Which answers are exactly right: at every position of the answer, the end included, the arg-max is its token.
+def mark_items(model: Any, items: Sequence[eval_pocket.Case]) -> list[bool]:
+    """Which answers are exactly right, as `eval_pocket.py` has it; the same items in the same order for every model."""
 
-    That is the same event as greedy decoding being right, in one forward pass.
-    """
-    marks: list[bool] = []
-    for start in range(0, len(items), BATCH):
-        batch = items[start : start + BATCH]
-        length = max(len(item.prompt) + len(item.answer) for item in batch) - 1
-        tokens = np.zeros((len(batch), length), np.int32)
-        for row, item in enumerate(batch):
-            line = (item.prompt + item.answer)[:-1]
-            tokens[row, : len(line)] = line
-        chosen = np.array(mx.argmax(model(mx.array(tokens)), axis=-1))
-        for row, item in enumerate(batch):
-            first = len(item.prompt) - 1
-            marks.append(chosen[row, first : first + len(item.answer)].tolist() == item.answer)
-    return marks
+    def forward(tokens: Any) -> Any:
+        return np.array(model(mx.array(tokens)).astype(mx.float32))
+
+    return [
+        is_right
+        for batch in eval_pocket.batches(items)
+        for _, is_right, _ in eval_pocket.score_batch(forward, batch)
+    ]
 
 
 def relative_loss(reference: Sequence[bool], other: Sequence[bool]) -> dict[str, float]:

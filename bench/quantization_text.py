@@ -4,44 +4,28 @@ Calibration rows are drawn from the training stream; rows and items that measure
 neither models nor formats.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
+from mlx_edge.calibration.sensitivity import hash_rows
 from mlx_edge.calibration.text import Sample
 from mlx_edge.text import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import eval_pocket
 import pocket_corpus
+
+__all__ = ["HELD_SEED", "LENGTH", "PocketText", "eval_pocket", "fill_rows", "make_sample"]
 
 LENGTH = (
     64  # tokens of a row; pocket has learned to see one document at a time, and most are shorter
 )
-SUITES = {
-    "command": 300,
-    "paraphrase": 300,
-    "names": 120,
-    "qa": 200,
-    "facts": 100,
-    "screen": 100,
-}
 HELD_SEED = 5501  # of the rows that KL is measured on; the items have pocket's own seed
-
-
-@dataclass(frozen=True)
-class Item:
-    """A request and the one right answer, as ids."""
-
-    suite: str
-    prompt: list[int]
-    answer: list[int]  # the end included
 
 
 class PocketText:
@@ -69,7 +53,7 @@ class PocketText:
 
     def held_out_rows(self, number: int) -> Sample:
         """Token rows (number, LENGTH) of text that is in no training stream: test items, and stories between them."""
-        tests = pocket_corpus.draw_tests(SUITES, HELD_SEED)
+        tests = pocket_corpus.draw_tests(eval_pocket.SUITES, HELD_SEED)
         stories = iter(pocket_corpus.held_stories(number, HELD_SEED + 1))
         items = list(chain.from_iterable(zip(*tests.values(), strict=False)))
 
@@ -81,18 +65,11 @@ class PocketText:
 
         return make_sample(fill_rows(mixed(), number), "held-out items and stories")
 
-    def items(self, sizes: dict[str, int]) -> list[Item]:
-        """The held-out items of pocket's own scores, those of about the same length together."""
-        found = [
-            Item(
-                suite,
-                [self._bos, *self._encode(f"<user>{item.prompt}<assistant>")],
-                [*self._encode(item.answer), self._eos],
-            )
-            for suite, items in pocket_corpus.draw_tests(sizes).items()
-            for item in items
+    def items(self, sizes: dict[str, int]) -> list[eval_pocket.Case]:
+        """The held-out items of pocket's own scores."""
+        return [
+            case for case in eval_pocket.build_cases(self._encode, sizes) if case.suite != "story"
         ]
-        return sorted(found, key=lambda item: len(item.prompt) + len(item.answer))
 
 
 def fill_rows(documents: Iterable[list[int]], number: int) -> mx.array:
@@ -111,4 +88,4 @@ def fill_rows(documents: Iterable[list[int]], number: int) -> mx.array:
 
 def make_sample(rows: mx.array, source: str) -> Sample:
     """The rows with their hash."""
-    return Sample(rows, source, hashlib.sha256(np.asarray(rows).tobytes()).hexdigest())
+    return Sample(rows, source, hash_rows(rows))

@@ -5,7 +5,6 @@ Reads flags and prints; the flags have the names that mlx_lm.convert gives them.
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,32 +207,6 @@ def open_source(args: Namespace, stack: ExitStack) -> "Source":
     return stack.enter_context(FolderSource(folder, args.model if "/" in args.model else None))
 
 
-def make_bar(title: str, unit: str) -> Callable[[int, int], None]:
-    """A bar on a terminal's stderr, for work that takes more than a moment."""
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            from tqdm import tqdm
-
-            bar = tqdm(
-                total=total,
-                desc=title,
-                unit=unit,
-                unit_scale=unit == "B",
-                initial=done,
-                leave=False,
-                delay=0.5,
-                disable=None,
-            )
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return show
-
-
 def describe(done: "Conversion") -> list[str]:
     """What was written, as lines of a table."""
     from mlx_edge.weights.report import format_bytes
@@ -265,6 +238,7 @@ def run(argv: list[str] | None) -> None:
         return
     from mlx_edge.conversion.converter import convert
     from mlx_edge.conversion.job import check_target, find_place
+    from mlx_edge.models.load import show_progress
 
     target = Path(args.mlx_path or DEFAULT_TARGET).expanduser()
     request = make_request(args)
@@ -272,7 +246,7 @@ def run(argv: list[str] | None) -> None:
     try:
         with ExitStack() as stack:
             source = open_source(args, stack)
-            done = convert(source, target, request, is_forced=args.force, bars=make_bar)
+            done = convert(source, target, request, is_forced=args.force, bars=show_progress)
     except KeyboardInterrupt:
         place = find_place(target)
         if place.exists():
@@ -285,6 +259,7 @@ def diagnose(args: Namespace) -> None:
     """Compare two models and print how far the second is from the first."""
     from mlx_edge.calibration.diagnosis import diagnose as compare
     from mlx_edge.calibration.text import BUILT_IN
+    from mlx_edge.models.load import show_progress
 
     first, second = args.diagnose
     found = compare(
@@ -294,7 +269,7 @@ def diagnose(args: Namespace) -> None:
         num_rows=args.num_samples or 16,
         length=args.sequence_length or 256,
         plot=None if args.plot is None else Path(args.plot),
-        on_progress=make_bar("Comparing", "it"),
+        on_progress=show_progress("Comparing", "it"),
     )
     print("\n".join(found.lines()))
 

@@ -59,17 +59,20 @@ def measure_receipt(
 
     What cannot be measured is no error of the conversion: the receipt then says why.
     """
+    checkpoint, count = written.checkpoint, count_weights(written.checkpoint, written.config)
     try:
         comparison = compare(source, written, sample.rows, on_progress=on_progress)
     except MLXEdgeError as error:
-        return make_receipt(written, facts, reason=str(error))
+        return make_receipt(checkpoint, count, facts, reason=str(error))
     if not math.isfinite(comparison.reference_perplexity + comparison.other_perplexity):
-        return make_receipt(written, facts, reason="a perplexity is beyond all numbers")
-    return make_receipt(written, facts, comparison, sample)
+        reason = "a perplexity is beyond all numbers"
+        return make_receipt(checkpoint, count, facts, reason=reason)
+    return make_receipt(checkpoint, count, facts, comparison, sample)
 
 
 def make_receipt(
-    written: LayerwiseModel,
+    written: Checkpoint,
+    count: WeightCount,
     facts: Facts,
     comparison: Comparison | None = None,
     sample: Sample | None = None,
@@ -78,11 +81,10 @@ def make_receipt(
 ) -> Receipt:
     """The receipt of `written`: with a comparison and the rows compared on, or the reason why there is none."""
     assert (comparison is None) == (sample is None) == (reason is not None)
-    count = count_weights(written.checkpoint, written.config)
     measured = comparison is not None
     return Receipt(
         mlx_edge_version=import_module("mlx_edge").__version__,
-        weights=fingerprint_weights(written.checkpoint),
+        weights=fingerprint_weights(written),
         model=facts.model,
         method=facts.method,
         packing=facts.packing,

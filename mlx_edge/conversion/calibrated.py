@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_edge.calibration.activations import describe_scales, static_scales
 from mlx_edge.calibration.allocation import allocate
 from mlx_edge.calibration.comparison import compare
 from mlx_edge.calibration.layerwise import LayerwiseModel
@@ -132,8 +133,6 @@ def fix_inputs(
 
     Those keep floats: a few of their inputs are a hundred times the others, and one fixed step loses the rest.
     """
-    from mlx_edge.calibration.activations import describe_scales, static_scales
-
     family = model.config.family
     scales = static_scales(model, rows, on_progress=on_progress)
     table = family.embedding if family.head not in packings else family.head

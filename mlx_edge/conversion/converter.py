@@ -176,8 +176,8 @@ class _Converter:
 
     @property
     def _default(self) -> Packing | None:
-        is_measured = self._request.target_bpw is not None or self._request.max_kl is not None
-        return None if is_measured or self._request.recipe else self._request.packing
+        request = self._request
+        return None if request.is_measured or request.recipe else request.packing
 
     def _choose_packings(self, job: Job, samples: Samples | str) -> Packings:
         source, request = self._source, self._request
@@ -185,7 +185,7 @@ class _Converter:
         if request.recipe is not None:
             num_layers = int(source.config.get("num_hidden_layers", 0))
             return mix(request.recipe, layers, num_layers, request.packing.group_size)
-        if request.target_bpw is None and request.max_kl is None:
+        if not request.is_measured:
             return dict.fromkeys(layers, request.packing)
         assert isinstance(samples, Samples) and self._dtype is not None
         check_finite(source)

@@ -56,7 +56,6 @@ class Request:
 
     def __post_init__(self) -> None:
         """Raises: InvalidRequestError for what does not go together."""
-        is_measured = self.target_bpw is not None or self.max_kl is not None
         ways = [self.recipe is not None, self.target_bpw is not None, self.max_kl is not None]
         if sum(ways) > 1:
             _refuse("--quant-predicate, --target-bpw and --max-kl exclude each other; give one")
@@ -75,7 +74,7 @@ class Request:
             )
         if self.rounding != Rounding() and (self.method != "rtn" or self.packing.mode != "affine"):
             _refuse("--q-scheme and --q-per go with --method rtn and --q-mode affine only")
-        if self.sensitivities is not None and not is_measured:
+        if self.sensitivities is not None and not self.is_measured:
             _refuse("--sensitivities needs --target-bpw or --max-kl")
         bits, groups = MODES[self.packing.mode]
         if self.packing.bits not in bits or self.packing.group_size not in groups:
@@ -85,10 +84,14 @@ class Request:
             )
 
     @property
+    def is_measured(self) -> bool:
+        """Whether bits are allocated by the measured damage of each layer."""
+        return self.target_bpw is not None or self.max_kl is not None
+
+    @property
     def needs_model(self) -> bool:
         """Whether the model must run before its weights can be written."""
-        is_measured = self.target_bpw is not None or self.max_kl is not None
-        return self.method != "rtn" or is_measured or self.has_static_inputs
+        return self.method != "rtn" or self.is_measured or self.has_static_inputs
 
     def key(self) -> dict[str, Any]:
         """All that the written bytes depend on, besides the source."""

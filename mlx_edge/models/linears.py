@@ -42,15 +42,6 @@ def replace_linears(
     )
 
 
-def layer_of(name: str, config: ModelConfig) -> int | None:
-    """The index of the layer that a tensor belongs to, or None for one of the embedding or the head."""
-    before, _, after = config.family.layer.partition("{index}")
-    if not name.startswith(before):
-        return None
-    number, found, _ = name.removeprefix(before).partition(after)
-    return int(number) if found and number.isdigit() else None
-
-
 def _names(config: ModelConfig, index: int) -> dict[tuple[str, str], str]:
     family = config.family
     prefix = family.layer.format(index=index)

@@ -188,8 +188,8 @@ def _load_weights(
     return model
 
 
-def show_progress(title: str) -> Callable[[int, int], None]:
-    """A bar of bytes on a terminal's stderr, for work that takes more than a moment."""
+def show_progress(title: str, unit: str = "B") -> Callable[[int, int], None]:
+    """A bar of bytes, or of other units, on a terminal's stderr, for work that takes more than a moment."""
     bar: Any = None
 
     def show(done: int, total: int) -> None:
@@ -200,14 +200,15 @@ def show_progress(title: str) -> Callable[[int, int], None]:
             bar = tqdm(
                 total=total,
                 desc=title,
-                unit="B",
-                unit_scale=True,
+                unit=unit,
+                unit_scale=unit == "B",
+                initial=done,
                 leave=False,
                 delay=0.5,
                 disable=None,
             )
         bar.update(done - bar.n)
-        if done == total:
+        if done >= total:
             bar.close()
 
     return show

@@ -182,7 +182,7 @@ def test_bits_per_weight_count_scales_and_norms(tmp_path, packing, bits) -> None
     assert count.num_values == 3_672_320
     norms = 9 * 256 / count.num_values  # of 16 bits in every case
     assert count.bits_per_weight == pytest.approx(bits + (16 - bits) * norms, rel=1e-9)
-    receipt = make_receipt(model, FACTS, reason="not asked for")
+    receipt = make_receipt(model.checkpoint, count, FACTS, reason="not asked for")
     assert (receipt.bits_per_weight, receipt.weights_bytes_after) == (
         count.bits_per_weight,
         count.num_bytes,
