@@ -194,7 +194,7 @@ def run_tests(file: str, kernels: Path, cache: Path, folder: Path) -> dict[str, 
     report = folder / "report.json"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
     command += ["--metal-kernels", str(kernels), "--first-failure", str(report)]
-    subprocess.run(
+    ended = subprocess.run(
         [*command, *(f"tests/metal/{name}" for name in TESTS[file])],
         cwd=ROOT,
         env=os.environ | {"METAL_EMULATOR_CACHE": str(cache)},
@@ -202,6 +202,8 @@ def run_tests(file: str, kernels: Path, cache: Path, folder: Path) -> dict[str, 
         timeout=LIMIT_S,
         check=False,
     )
+    if not report.exists():  # not even pytest has survived it
+        return {"test": "pytest", "message": f"ended with code {ended.returncode} and no report"}
     return dict(json.loads(report.read_text()))
 
 
