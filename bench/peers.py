@@ -40,6 +40,7 @@ UNMEASURED = {
     "blas",
     "donation",
 }
+OTHERS = ("metal_", "memory_", "quantization", "serving", "load", "soak")  # benches of their own
 WORKDIR = Path.home() / ".cache" / "mlx_edge" / "bench"
 
 
@@ -55,7 +56,7 @@ def fingerprint() -> str:
     paths += [
         p
         for p in Path(__file__).parent.glob("*.py")
-        if p.stem not in UNMEASURED and not p.stem.startswith("metal_")
+        if p.stem not in UNMEASURED and not p.stem.startswith(OTHERS)
     ]
     digest = hashlib.sha256()
     for path in sorted(paths):

@@ -187,10 +187,28 @@ def make_quantization_table() -> str:
     return report.read_text() if report.exists() else ""
 
 
+def make_serving_table() -> str:
+    """Markdown: the keys of bench/serving.py; all loads stand in bench/results/serving.md."""
+    path = RESULTS / "serving.json"
+    if not path.exists():
+        return ""
+    result: Result = json.loads(path.read_text())
+    lines = ["| figure | median | spread | rounds | what |", "|" + "---|" * 5]
+    for key, value in result["summary"].items():
+        spread = result["spread"].get(key)
+        shown = "not measured" if value is None else f"{value:.3g}"
+        said = f"{spread[0]:.3g} to {spread[1]:.3g}" if spread else ""
+        rounds = result["rounds"].get(key, "")
+        lines.append(f"| `{key}` | {shown} | {said} | {rounds} | {result['notes'][key]} |")
+    nulls = ", ".join(f"{name} {null['median']:.2f}" for name, null in result["null"].items())
+    return "\n".join([*lines, "", f"Ours against ours: {nulls or 'not run'}.", ""])
+
+
 BLOCKS = {
     "bench": make_table,
     "metal": make_metal_table,
     "quantization": make_quantization_table,
+    "serving": make_serving_table,
 }
 
 

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <set>
+#include <stdexcept>
+#include <string>
 
 #include "pool.h"
 #include "products.h"
@@ -32,23 +35,26 @@ float* norm_rows(Pool& pool, Workspace& space, const Norm& norm, const float* x,
   return h;
 }
 
-// A run of positions of one row of the batch inside a slice.
+// A run of positions of one sequence inside a slice.
 struct Span {
-  int row;       // of the batch
+  KVStore* kv;
+  int row;       // of the store
   int first;     // row of the slice it begins at
   int position;  // of that row
   int count;     // rows, padding included
   int stored;    // of them, those that are real
 };
 
-std::vector<Span> spans_of(const Step& step, int begin, int count) {
+std::vector<Span> spans_of(const Stores& stores, const Step& step, int begin, int count) {
   std::vector<Span> spans;
-  for (int m = begin; m < begin + count;) {
-    const int row = m / step.width, column = m % step.width;
-    const int length = std::min(step.width - column, begin + count - m);
-    const int stored = std::clamp(step.lengths[row] - column, 0, length);
-    spans.push_back({row, m - begin, step.starts[row] + column, length, stored});
-    m += length;
+  const int num_sequences = static_cast<int>(step.starts.size());
+  for (int b = 0, at = 0; b < num_sequences && at < begin + count; b++) {  // `at`: the sequence's first row
+    const int width = step.is_ragged ? step.lengths[b] : step.width;
+    const int first = std::max(at, begin), end = std::min(at + width, begin + count), column = first - at;
+    if (first < end)
+      spans.push_back({step.is_ragged ? stores[b] : stores[0], step.is_ragged ? 0 : b, first - begin,
+                       step.starts[b] + column, end - first, std::clamp(step.lengths[b] - column, 0, end - first)});
+    at += width;
   }
   return spans;
 }
@@ -56,13 +62,13 @@ std::vector<Span> spans_of(const Step& step, int begin, int count) {
 // One slice of rows on its way through an attention layer: q, k and v heads side by side in a row of `heads`.
 class AttentionSlice {
  public:
-  AttentionSlice(const AttentionLayer& layer, Pool& pool, Workspace& space, KVStore& kv, std::vector<Span> spans,
-                 float* heads, float* attended)
-      : layer_(layer), pool_(pool), space_(space), kv_(kv), spans_(std::move(spans)), heads_(heads), attended_(attended) {}
+  AttentionSlice(const AttentionLayer& layer, Pool& pool, Workspace& space, std::vector<Span> spans, float* heads,
+                 float* attended)
+      : layer_(layer), pool_(pool), space_(space), spans_(std::move(spans)), heads_(heads), attended_(attended) {}
 
   void run() {
     for (const Span& span : spans_)
-      if (span.stored) kv_.prepare(span.row, span.position, span.stored);
+      if (span.stored) span.kv->prepare(span.row, span.position, span.stored);
     make_angles();
     const int num_heads = layer_.num_kv_heads, total = static_cast<int>(spans_.size()) * num_heads;
     const bool is_decode = std::all_of(spans_.begin(), spans_.end(), [](const Span& span) { return span.count == 1; });
@@ -120,8 +126,8 @@ class AttentionSlice {
       for (int g = 0; g < group(); g++) turn(query(m, head * group() + g), m, layer_.q_norm);
     }
     if (span.stored)
-      kernels().append(kv_, span.row, head, span.position, span.stored, key(span.first, head), value(span.first, head),
-                       row(1) - row(0));
+      kernels().append(*span.kv, span.row, head, span.position, span.stored, key(span.first, head),
+                       value(span.first, head), row(1) - row(0));
   }
 
   void attend_in_tiles() const {
@@ -154,14 +160,13 @@ class AttentionSlice {
         results.push_back(attended_ + static_cast<size_t>(m) * width + h * layer_.head_dim);
         positions.push_back(i < span.stored ? span.position + i : -1);
       }
-    kernels().attend(kv_, span.row, head, static_cast<int>(queries.size()), queries.data(), results.data(),
+    kernels().attend(*span.kv, span.row, head, static_cast<int>(queries.size()), queries.data(), results.data(),
                      positions.data(), layer_.scale, layer_.window);
   }
 
   const AttentionLayer& layer_;
   Pool& pool_;
   Workspace& space_;
-  KVStore& kv_;
   std::vector<Span> spans_;
   float *heads_, *attended_;
   float *cosines_ = nullptr, *sines_ = nullptr;
@@ -180,8 +185,30 @@ void linear(const Weight& w, Precision precision, const float* x, float* y, int 
   });
 }
 
-void attention_block(const AttentionLayer& layer, Precision precision, KVStore& kv, const Step& step, const float* x,
-                     float* y) {
+void check_step(const AttentionLayer& layer, const Stores& stores, const Step& step) {
+  const int count = static_cast<int>(step.starts.size());
+  if (step.lengths.size() != step.starts.size() || stores.size() != (step.is_ragged ? step.starts.size() : 1))
+    throw std::invalid_argument("a step of " + std::to_string(count) + " sequences with " +
+                                std::to_string(step.lengths.size()) + " lengths and " + std::to_string(stores.size()) +
+                                " stores");
+  for (int b = 0; b < count; b++)
+    if (step.starts[b] < 0 || step.lengths[b] < 0 || step.lengths[b] > step.width)
+      throw std::invalid_argument(std::to_string(step.lengths[b]) + " positions from " + std::to_string(step.starts[b]) +
+                                  " on in a step of width " + std::to_string(step.width));
+  if (step.is_ragged && std::accumulate(step.lengths.begin(), step.lengths.end(), 0) != step.width)
+    throw std::invalid_argument("the lengths of a ragged step do not add up to its width of " + std::to_string(step.width));
+  for (const KVStore* kv : stores)
+    if (kv->batch() != (step.is_ragged ? 1 : count) || kv->num_heads() != layer.num_kv_heads ||
+        kv->head_dim() != layer.head_dim)
+      throw std::invalid_argument("a store of " + std::to_string(kv->batch()) + " rows, " +
+                                  std::to_string(kv->num_heads()) + " heads of " + std::to_string(kv->head_dim()) +
+                                  " does not fit the step and its layer");
+  if (std::set<const KVStore*>(stores.begin(), stores.end()).size() != stores.size())
+    throw std::invalid_argument("one store stands for two sequences of a ragged step");
+}
+
+void attention_block(const AttentionLayer& layer, Precision precision, const Stores& stores, const Step& step,
+                     const float* x, float* y) {
   Pool& pool = Pool::of_process();
   const std::lock_guard turn(pool.turn());
   Workspace& space = shared_workspace();
@@ -200,7 +227,7 @@ void attention_block(const AttentionLayer& layer, Precision precision, KVStore& 
                 {layer.v->view(), nullptr, heads + width + layer.num_kv_heads * layer.head_dim, stride}});
     }
     float* attended = space.attended.take(static_cast<size_t>(count) * width);
-    AttentionSlice(layer, pool, space, kv, spans_of(step, begin, count), heads, attended).run();
+    AttentionSlice(layer, pool, space, spans_of(stores, step, begin, count), heads, attended).run();
     const Input input(space.codes, attended, width, count, width, precision, {layer.o.get()});
     input.quantize_all(pool);
     multiply(pool, input, {{layer.o->view(), from, y + static_cast<size_t>(begin) * size, size}});

@@ -1,6 +1,6 @@
 // The blocks of a model over one instruction set's kernels and the pool: what one MLX primitive each computes.
 //
-// All activations are float32, x and y are (B, L, E) rows one after another; long prompts go through in slices of rows, so
+// All activations are float32, x and y are (M, E) rows one after another; long prompts go through in slices of rows, so
 // that scratch memory stays small and no score matrix exists. Knows no MLX.
 #pragma once
 
@@ -60,17 +60,24 @@ struct HeadLayer {
   WeightPtr projection;
 };
 
-// Where the rows of a step stand: row b brings lengths[b] of `width` positions, from starts[b] on.
+// Where the rows of a step stand: sequence b brings lengths[b] positions, from starts[b] on. They stand in `width` rows each,
+// padded, or when ragged one sequence after another in `width` rows together.
 struct Step {
   std::vector<int> starts, lengths;
   int width = 0;
+  bool is_ragged = false;
 
-  int num_rows() const { return static_cast<int>(starts.size()) * width; }
+  int num_rows() const { return (is_ragged ? 1 : static_cast<int>(starts.size())) * width; }
 };
 
+// What a step's sequences store in: one store with a row for each, or when the step is ragged a store of one row for each.
+using Stores = std::vector<KVStore*>;
+
 void linear(const Weight& w, Precision precision, const float* x, float* y, int num_rows);
-void attention_block(const AttentionLayer& layer, Precision precision, KVStore& kv, const Step& step, const float* x,
-                     float* y);
+// Throws std::invalid_argument when the step, its stores and the layer do not fit each other.
+void check_step(const AttentionLayer& layer, const Stores& stores, const Step& step);
+void attention_block(const AttentionLayer& layer, Precision precision, const Stores& stores, const Step& step,
+                     const float* x, float* y);
 void mlp_block(const MLPLayer& layer, Precision precision, const float* x, float* y, int num_rows);
 void head(const HeadLayer& layer, Precision precision, const float* x, float* y, int num_rows);
 void embed(const Weight& table, const int* tokens, float* y, int num_tokens);

@@ -110,18 +110,24 @@ mx::array run_linear(const mx::array& x, const HeldWeight& weight, Precision pre
   })[0];
 }
 
-// One step of a KV store: what to wait for before it is touched, and what tells that it has been.
-std::pair<mx::array, mx::array> run_attention(const mx::array& x, const HeldAttention& held, const HeldStore& store,
-                                              const std::optional<mx::array>& ticket, const Step& step,
+// One step of the KV stores: what to wait for before they are touched, and what tells that they have been.
+std::pair<mx::array, mx::array> run_attention(const mx::array& x, const HeldAttention& held_layer,
+                                              const std::vector<HeldStore>& held_stores,
+                                              const std::vector<mx::array>& tickets, const Step& step,
                                               Precision precision) {
-  const auto layer = held.it;
-  const auto kv = store.it;
+  const auto layer = held_layer.it;
   expect_floats("attention_block", x, layer->q->matrix.columns);
+  if (num_rows(x) != step.num_rows())
+    throw std::invalid_argument("attention_block: " + std::to_string(num_rows(x)) + " rows for a step of " +
+                                std::to_string(step.num_rows()));
+  Stores stores;
+  for (const HeldStore& store : held_stores) stores.push_back(store.it.get());
+  check_step(*layer, stores, step);
   std::vector<mx::array> inputs{x};
-  if (ticket) inputs.push_back(*ticket);
+  inputs.insert(inputs.end(), tickets.begin(), tickets.end());
   auto outputs = make_op("attention_block", inputs, {x.shape(), mx::Shape{}}, {mx::float32, mx::int32},
-                         [=](const Pointers& in, const Pointers& out) {
-                           attention_block(*layer, precision, *kv, step, reinterpret_cast<float*>(in[0]),
+                         [=, held = held_stores](const Pointers& in, const Pointers& out) {
+                           attention_block(*layer, precision, stores, step, reinterpret_cast<float*>(in[0]),
                                            reinterpret_cast<float*>(out[0]));
                            *reinterpret_cast<int32_t*>(out[1]) = 0;
                          });
@@ -227,7 +233,7 @@ NB_MODULE(_cpu, m) {
   nb::module_::import_("mlx.core");
   bind_records(m);
   m.def("linear", &run_linear, "x"_a, "weight"_a, "precision"_a);
-  m.def("attention_block", &run_attention, "x"_a, "layer"_a, "kv"_a, "ticket"_a.none(), "step"_a, "precision"_a);
+  m.def("attention_block", &run_attention, "x"_a, "layer"_a, "kv"_a, "tickets"_a, "step"_a, "precision"_a);
   m.def("append", &run_append, "keys"_a, "values"_a, "kv"_a, "ticket"_a.none(), "step"_a);
   m.def("read", &run_read, "kv"_a, "ticket"_a.none(), "start"_a, "count"_a);
   m.def("mlp_block", &run_mlp, "x"_a, "layer"_a, "precision"_a);

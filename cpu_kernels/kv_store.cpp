@@ -1,4 +1,4 @@
-// Pages: made, given back, copied; and their contents one element at a time, for prompt caches and tests.
+// Pages: made, given back, shared; and their contents one element at a time, for prompt caches and tests.
 #include "kv_store.h"
 
 #include <algorithm>
@@ -43,6 +43,14 @@ void check_sizes(int batch, int num_heads, int head_dim, KVFormat format, int gr
 
 }  // namespace
 
+Page::Page(size_t num_bytes)
+    : head_(new (::operator new(sizeof(Head) + num_bytes, std::align_val_t{alignof(Head)})) Head) {}
+
+Page::~Page() {
+  if (head_ && head_->holders.fetch_sub(1, std::memory_order_acq_rel) == 1)
+    ::operator delete(head_, std::align_val_t{alignof(Head)});
+}
+
 KVStore::KVStore(int batch, int num_heads, int head_dim, KVFormat format, int group_size, int window, int keep)
     : num_heads_(num_heads),
       head_dim_(head_dim),
@@ -60,10 +68,24 @@ KVStore::KVStore(int batch, int num_heads, int head_dim, KVFormat format, int gr
   pages_.resize(batch);
 }
 
-void KVStore::Release::operator()(uint8_t* page) const { ::operator delete(page, std::align_val_t{LINE}); }
+Page KVStore::take_page() {
+  if (!spare_.empty()) {
+    Page page = std::move(spare_.back());
+    spare_.pop_back();
+    return page;
+  }
+  Page page(page_bytes());
+  num_pages_++;
+  return page;
+}
 
-KVStore::Page KVStore::make_page() const {
-  return Page(static_cast<uint8_t*>(::operator new(2 * num_heads_ * plane_bytes_, std::align_val_t{LINE})));
+void KVStore::give_back(Page& page) {
+  if (page.is_shared()) {
+    page = {};
+    num_pages_--;
+  } else {
+    spare_.push_back(std::move(page));
+  }
 }
 
 void KVStore::prepare(int row, int start, int count) {
@@ -73,21 +95,28 @@ void KVStore::prepare(int row, int start, int count) {
     const int first = (start - window_ + 1) / PAGE - 1;
     const int kept = (keep_ + PAGE - 1) / PAGE;
     for (int p = kept; p < std::min(first, static_cast<int>(pages.size())); p++)
-      if (pages[p]) spare_.push_back(std::move(pages[p]));
+      if (pages[p]) give_back(pages[p]);
   }
   if (count > 0) {
     const int end = (start + count + PAGE - 1) / PAGE;
     if (static_cast<int>(pages.size()) < end) pages.resize(end);
     for (int p = start / PAGE; p < end; p++) {
-      if (pages[p]) continue;
-      if (spare_.empty()) spare_.push_back(make_page());
-      pages[p] = std::move(spare_.back());
-      spare_.pop_back();
-      // What was never stored must be finite: a weight of zero meets it.
-      std::memset(pages[p].get(), 0, 2 * num_heads_ * plane_bytes_);
+      if (pages[p] && !pages[p].is_shared()) continue;
+      Page page = take_page();
+      if (pages[p]) {
+        std::memcpy(page.data(), pages[p].data(), page_bytes());
+        num_pages_--;
+      } else {
+        // What was never stored must be finite: a weight of zero meets it.
+        std::memset(page.data(), 0, page_bytes());
+      }
+      pages[p] = std::move(page);
     }
   }
-  if (spare_.size() > pages_.size()) spare_.resize(pages_.size());
+  if (spare_.size() > pages_.size()) {
+    num_pages_ -= spare_.size() - pages_.size();
+    spare_.resize(pages_.size());
+  }
 }
 
 uint8_t* KVStore::plane(int row, int head, int page, bool values) {
@@ -97,27 +126,28 @@ uint8_t* KVStore::plane(int row, int head, int page, bool values) {
 const uint8_t* KVStore::plane(int row, int head, int page, bool values) const {
   const auto& pages = pages_[row];
   if (page < 0 || page >= static_cast<int>(pages.size()) || !pages[page]) return nullptr;
-  return pages[page].get() + (2 * head + values) * plane_bytes_;
+  return pages[page].data() + (2 * head + values) * plane_bytes_;
 }
 
 bool KVStore::holds(int row, int position) const { return plane(row, 0, position / PAGE, false) != nullptr; }
 
-size_t KVStore::bytes() const {
-  size_t count = spare_.size();
+size_t KVStore::shared_bytes() const {
+  size_t count = 0;
   for (const auto& pages : pages_)
-    for (const auto& page : pages) count += page != nullptr;
-  return count * 2 * num_heads_ * plane_bytes_;
+    for (const Page& page : pages) count += page && page.is_shared();
+  return count * page_bytes();
 }
 
-std::unique_ptr<KVStore> KVStore::copy() const {
+std::unique_ptr<KVStore> KVStore::fork(const std::vector<int>& lengths) const {
+  if (lengths.size() != pages_.size())
+    throw std::invalid_argument(std::to_string(lengths.size()) + " lengths for a fork of " + std::to_string(batch()) +
+                                " rows; expected one each");
   auto twin = std::make_unique<KVStore>(batch(), num_heads_, head_dim_, format_, group_size_, window_, keep_);
   for (int row = 0; row < batch(); row++) {
-    twin->pages_[row].resize(pages_[row].size());
-    for (size_t p = 0; p < pages_[row].size(); p++) {
-      if (!pages_[row][p]) continue;
-      twin->pages_[row][p] = make_page();
-      std::memcpy(twin->pages_[row][p].get(), pages_[row][p].get(), 2 * num_heads_ * plane_bytes_);
-    }
+    const auto& pages = pages_[row];
+    const size_t count = std::min(round_up(std::max(lengths[row], 0), PAGE) / PAGE, pages.size());
+    twin->pages_[row].assign(pages.begin(), pages.begin() + count);
+    for (const Page& page : twin->pages_[row]) twin->num_pages_ += static_cast<bool>(page);
   }
   return twin;
 }

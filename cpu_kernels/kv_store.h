@@ -11,13 +11,17 @@
 // Codes of 4 bits: a byte holds code i of a group in its low half and code i + G / 2 in its high half; keys are then
 // (D / 2, PAGE) bytes and values (PAGE, D / 2).
 //
+// A fork shares its pages with the store that it came from, until one of them writes a page: then it takes a copy.
+//
 // Threads: heads are apart, so one thread may append to a head while others read or append to other heads; prepare,
-// write_packed and copy want the store to themselves.
+// write_packed and fork want the store to themselves. Stores that share pages may be used, and dropped, by different threads.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace mlx_edge {
@@ -27,6 +31,33 @@ constexpr int DIMS = 16;           // a row of values is padded to a multiple of
 constexpr int MAX_HEAD_DIM = 256;
 
 enum class KVFormat : int { f32 = 0, f16 = 1, int8 = 2, int4 = 3 };
+
+// The memory of a page, 64-byte aligned; held by one store or by several. Only one that is its sole holder may write it.
+class Page {
+ public:
+  Page() = default;
+  explicit Page(size_t num_bytes);
+  Page(const Page& other) : head_(other.head_) {
+    if (head_) head_->holders.fetch_add(1, std::memory_order_relaxed);
+  }
+  Page(Page&& other) noexcept : head_(std::exchange(other.head_, nullptr)) {}
+  Page& operator=(Page other) noexcept {
+    std::swap(head_, other.head_);
+    return *this;
+  }
+  ~Page();
+
+  explicit operator bool() const { return head_; }
+  uint8_t* data() const { return reinterpret_cast<uint8_t*>(head_ + 1); }
+  // What others read before they let go has happened before this says no.
+  bool is_shared() const { return head_->holders.load(std::memory_order_acquire) > 1; }
+
+ private:
+  struct alignas(64) Head {
+    std::atomic<int> holders{1};
+  };
+  Head* head_ = nullptr;
+};
 
 class KVStore {
  public:
@@ -45,8 +76,9 @@ class KVStore {
   int window() const { return window_; }
   int keep() const { return keep_; }
 
-  // Makes the pages of positions [start, start + count) of a row, and gives back those that no later query sees (with a
-  // margin of one page, for rejected drafts). Called once per step and row, before any head is appended to.
+  // Makes the pages of positions [start, start + count) of a row, or its own copies of shared ones, and gives back those that
+  // no later query sees (with a margin of one page, for rejected drafts). Called once per step and row, before any head is
+  // appended to.
   void prepare(int row, int start, int count);
 
   // The bytes of one head in one page: keys (values = false) or values, 64-byte aligned; null where no page is.
@@ -57,8 +89,10 @@ class KVStore {
   int value_stride() const { return value_stride_; }  // elements (or bytes, for codes) from a position to the next
 
   bool holds(int row, int position) const;  // whether the position's page is there
-  size_t bytes() const;                     // of all pages now held
-  std::unique_ptr<KVStore> copy() const;
+  size_t bytes() const { return num_pages_ * page_bytes(); }  // of all pages now held, shared ones too; any thread may ask
+  size_t shared_bytes() const;                                // of those that other stores hold as well
+  // A store that goes on by itself from the first lengths[row] positions of each row.
+  std::unique_ptr<KVStore> fork(const std::vector<int>& lengths) const;
 
   // Stored positions [start, start + count) of a row as floats (num_heads, count, D), whatever the format; zeros where
   // no page is. The way back for floats is `append` of the kernels.
@@ -70,12 +104,9 @@ class KVStore {
                     const float* offsets);
 
  private:
-  struct Release {
-    void operator()(uint8_t* page) const;
-  };
-  using Page = std::unique_ptr<uint8_t, Release>;  // all heads: keys, then values of each
-
-  Page make_page() const;
+  size_t page_bytes() const { return 2 * num_heads_ * plane_bytes_; }  // of all heads: keys, then values of each
+  Page take_page();
+  void give_back(Page& page);
   uint8_t code_at(const uint8_t* plane, bool values, int slot, int dim) const;
   void set_code(uint8_t* plane, bool values, int slot, int dim, uint8_t code) const;
   size_t code_byte(bool values, int slot, int dim, int* shift) const;
@@ -88,7 +119,8 @@ class KVStore {
   int value_stride_;
   size_t scales_at_, offsets_at_, plane_bytes_;
   std::vector<std::vector<Page>> pages_;  // of each row, by page number; null where nothing is held
-  std::vector<Page> spare_;
+  std::vector<Page> spare_;                // nobody else's
+  std::atomic<size_t> num_pages_{0};       // of all rows, and spare ones
 };
 
 }  // namespace mlx_edge

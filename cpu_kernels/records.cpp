@@ -145,7 +145,8 @@ void bind_weights(nb::module_& m) {
           "weight"_a, "eps"_a);
   nb::class_<Rope>(m, "Rope").def(nb::init<std::vector<float>, int, bool, float>(), "periods"_a, "dims"_a,
                                   "is_interleaved"_a, "magnitude"_a);
-  nb::class_<Step>(m, "Step").def(nb::init<std::vector<int>, std::vector<int>, int>(), "starts"_a, "lengths"_a, "width"_a);
+  nb::class_<Step>(m, "Step").def(nb::init<std::vector<int>, std::vector<int>, int, bool>(), "starts"_a, "lengths"_a,
+                                  "width"_a, "is_ragged"_a = false);
 }
 
 void bind_layers(nb::module_& m) {
@@ -190,7 +191,10 @@ void bind_store(nb::module_& m) {
           },
           "batch"_a, "num_heads"_a, "head_dim"_a, "format"_a, "group_size"_a, "window"_a, "keep"_a)
       .def_prop_ro("bytes", [](const HeldStore& kv) { return kv.it->bytes(); })
-      .def("copy", [](const HeldStore& kv) { return HeldStore{kv.it->copy()}; })
+      .def_prop_ro("shared_bytes", [](const HeldStore& kv) { return kv.it->shared_bytes(); })
+      .def(
+          "fork", [](const HeldStore& kv, const std::vector<int>& lengths) { return HeldStore{kv.it->fork(lengths)}; },
+          "lengths"_a)
       .def(
           "prepare", [](HeldStore& kv, int row, int start, int count) { kv.it->prepare(row, start, count); }, "row"_a,
           "start"_a, "count"_a)

@@ -13,11 +13,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlx_edge.errors import (
+    EngineClosedError,
     HardwareNotSupportedError,
     InvalidRequestError,
     MemoryBudgetError,
     MLXEdgeError,
     ModelFormatError,
+    QueueFullError,
     UnsupportedModelError,
 )
 
@@ -28,10 +30,24 @@ if TYPE_CHECKING:
     from mlx_edge.decoding.stream import GenerationResponse as GenerationResponse
     from mlx_edge.decoding.stream import generate as generate
     from mlx_edge.decoding.stream import stream_generate as stream_generate
+    from mlx_edge.engine.blocking import BlockingEngine as BlockingEngine
+    from mlx_edge.engine.config import EngineConfig as EngineConfig
+    from mlx_edge.engine.engine import Engine as Engine
+    from mlx_edge.engine.request import Completion as Completion
+    from mlx_edge.engine.request import Grammar as Grammar
+    from mlx_edge.engine.request import Request as Request
+    from mlx_edge.engine.request import Sampling as Sampling
     from mlx_edge.models.load import load as load
 
 _HOMES = {
+    "BlockingEngine": "mlx_edge.engine.blocking",
+    "Completion": "mlx_edge.engine.request",
+    "Engine": "mlx_edge.engine.engine",
+    "EngineConfig": "mlx_edge.engine.config",
     "GenerationResponse": "mlx_edge.decoding.stream",
+    "Grammar": "mlx_edge.engine.request",
+    "Request": "mlx_edge.engine.request",
+    "Sampling": "mlx_edge.engine.request",
     "batch_generate": "mlx_edge.decoding.batch",
     "generate": "mlx_edge.decoding.stream",
     "load": "mlx_edge.models.load",
@@ -43,12 +59,21 @@ _HOMES = {
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockingEngine",
+    "Completion",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
     "GenerationResponse",
+    "Grammar",
     "HardwareNotSupportedError",
     "InvalidRequestError",
     "MLXEdgeError",
     "MemoryBudgetError",
     "ModelFormatError",
+    "QueueFullError",
+    "Request",
+    "Sampling",
     "UnsupportedModelError",
     "__version__",
     "batch_generate",

@@ -5,7 +5,7 @@ from importlib import import_module
 
 from mlx_edge.command import USAGE_ERROR
 
-COMMANDS = ("generate", "chat", "cache_prompt", "convert", "benchmark")
+COMMANDS = ("generate", "chat", "serve", "cache_prompt", "convert", "benchmark", "plan")
 
 
 def main() -> int:

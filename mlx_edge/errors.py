@@ -5,7 +5,9 @@
     ├── UnsupportedModelError       the model is sound, but asks for mathematics that this runtime does not have
     ├── HardwareNotSupportedError   this machine lacks what was asked for by name
     ├── MemoryBudgetError           the request would not fit into the memory that it may use
-    └── InvalidRequestError         a prompt, an option or an argument that cannot be served
+    ├── InvalidRequestError         a prompt, an option or an argument that cannot be served
+    ├── QueueFullError              more requests are waiting than the engine lets wait; come back later
+    └── EngineClosedError           the engine is closing or closed, and takes no more requests
 
 The command line turns every one of them into one line and exit code 2.
 """
@@ -33,3 +35,11 @@ class MemoryBudgetError(MLXEdgeError):
 
 class InvalidRequestError(MLXEdgeError):
     """A prompt, an option or an argument is outside what can be served."""
+
+
+class QueueFullError(MLXEdgeError):
+    """As many requests as may wait are waiting already."""
+
+
+class EngineClosedError(MLXEdgeError):
+    """The engine takes no more requests, or was closed before this one ended."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_edge.command import Parser, integer, run_command, truth
-from mlx_edge.errors import InvalidRequestError, MLXEdgeError
+from mlx_edge.errors import InvalidRequestError
 from mlx_edge.options import (
     add_loading,
     add_memory,
@@ -253,27 +253,12 @@ def print_stream(run: Run, responses: Iterable["GenerationResponse"]) -> None:
 
 
 def describe_quality(model: "LanguageModel[Any]") -> str | None:
-    """One line of the receipt in the model's folder, or why it is not shown; None where there is no receipt."""
+    """One line of the receipt in the model's folder; None where there is none."""
+    from mlx_edge.calibration.quality import describe_quality as describe
     from mlx_edge.models.decoder import Decoder
 
-    if not isinstance(model, Decoder):  # the bridge keeps no folder
-        return None
-    from mlx_edge.calibration.receipt import FILE_NAME, read_receipt
-
-    folder = model.checkpoint.folder
-    try:
-        receipt = read_receipt(folder)
-        if receipt is None:
-            return None
-        from mlx_edge.calibration.measurement import fingerprint_weights
-        from mlx_edge.weights import Checkpoint
-
-        with Checkpoint.open(folder) as checkpoint:
-            if fingerprint_weights(checkpoint) != receipt.weights:
-                return f"Quality: unknown; {FILE_NAME} is the receipt of other weights"
-    except MLXEdgeError as error:  # the text is there already, and right
-        return f"Quality: unknown; {error}"
-    return f"Quality: {receipt.summary()}"
+    # The bridge keeps no folder.
+    return describe(model.checkpoint.folder) if isinstance(model, Decoder) else None
 
 
 def print_profiled(run: Run, watch: "Profiler") -> None:

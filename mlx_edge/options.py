@@ -146,20 +146,13 @@ def load_proposers(
 
     Raises: InvalidRequestError for flags that do not fit together, and a draft model with another vocabulary.
     """
-    from mlx_edge.decoding.proposers import make_proposer
+    from mlx_edge.decoding.proposers import check_same_vocabulary, make_proposer
     from mlx_edge.models.load import load
 
     draft_model = None
     if args.draft_model is not None:
         draft_model, other = load(args.draft_model)
-        special = tokenizer.special_ids | other.special_ids
-        for index in range(min(tokenizer.vocab_size, other.vocab_size)):
-            theirs, ours = other.id_to_token(index), tokenizer.id_to_token(index)
-            if theirs != ours and index not in special:
-                raise InvalidRequestError(
-                    f"token {index} is {theirs!r} to the draft model {args.draft_model}, and {ours!r} to the model; "
-                    "a draft model must have the same vocabulary: choose one of the same family"
-                )
+        check_same_vocabulary(tokenizer, other, args.draft_model)
     make = partial(
         make_proposer,
         model,

@@ -28,13 +28,15 @@ FLOORS = {
     "engine": 5,
     "conversion": 6,
     "serving": 6,
-    "command": 5,
-    "options": 6,
+    "command": 0,
+    "options": 5,
     "generate": 7,
     "chat": 7,
     "cache_prompt": 7,
     "benchmark": 7,
     "convert": 7,
+    "plan": 7,
+    "serve": 7,
     "__main__": 7,
 }
 GROUND = {"errors", "runtime"}  # everything stands on them

@@ -6,12 +6,21 @@ import sys
 import mlx_edge
 
 NAMES = {
+    "BlockingEngine",
+    "Completion",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
     "GenerationResponse",
+    "Grammar",
     "HardwareNotSupportedError",
     "InvalidRequestError",
     "MLXEdgeError",
     "MemoryBudgetError",
     "ModelFormatError",
+    "QueueFullError",
+    "Request",
+    "Sampling",
     "UnsupportedModelError",
     "__version__",
     "batch_generate",

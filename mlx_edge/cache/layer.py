@@ -11,11 +11,12 @@ are always seen. Knows no models; `prepare_step` must be called before each step
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
-from mlx_edge.cache.lengths import TAIL, CacheLengths
+from mlx_edge.cache.lengths import TAIL, CacheLengths, each_row, merged
 from mlx_edge.cache.quantized import QuantizedRows
 from mlx_edge.cache.rows import Planes, Row, RowFormat, join, make_room, take, write
 from mlx_edge.cache.saved import PARTS, CacheState
@@ -96,7 +97,7 @@ class KVCache(CacheLengths):
     @property
     def writes_body(self) -> bool:
         """Whether the next step begins by writing the body."""
-        fills = (_merged(o + 1) > s for o, s in zip(self._offsets, self._tail_starts, strict=True))
+        fills = (merged(o + 1) > s for o, s in zip(self._offsets, self._tail_starts, strict=True))
         return bool(self._chunk) or any(fills)
 
     def extend(self, keys: mx.array, values: mx.array, meta: StepMeta) -> Sequence[Segment]:
@@ -112,7 +113,7 @@ class KVCache(CacheLengths):
         if meta.width > TAIL:
             self._chunk, self._chunk_starts = new, starts
             return [*self._stored_segments(starts), self._segment(new, starts, self._offsets)]
-        for row, (begin, start, end) in _rows(self._tail_starts, starts, self._offsets):
+        for row, (begin, start, end) in each_row(self._tail_starts, starts, self._offsets):
             if end > start:
                 self._tail = write(self._tail, take(new, 0, end - start, row), start - begin, row)
         return self._stored_segments(self._offsets)
@@ -159,8 +160,8 @@ class KVCache(CacheLengths):
         if any(o < s for o, s in zip(offsets, self._chunk_starts, strict=bool(self._chunk))):
             self._settle()
         self._check_trim(offsets)
-        starts = tuple(min(s, _merged(o)) for s, o in zip(self._tail_starts, offsets, strict=True))
-        for row, (begin, end, held) in _rows(starts, offsets, self._tail_starts):
+        starts = tuple(min(s, merged(o)) for s, o in zip(self._tail_starts, offsets, strict=True))
+        for row, (begin, end, held) in each_row(starts, offsets, self._tail_starts):
             if begin < min(held, end):
                 slot = begin if self._ring is None else begin % self._ring
                 self._tail = write(
@@ -169,6 +170,22 @@ class KVCache(CacheLengths):
         if starts != self._tail_starts:
             mx.eval(self._tail)  # else the next merge would find its body held, and copy it
         self._offsets, self._tail_starts = offsets, starts
+
+    def fork(self, length: int | None = None) -> "KVCache":
+        """A cache of the first `length` positions, of all when None: both go on as if the other were not there.
+
+        Both `nbytes` count the arrays, which they share until one writes a body: then it copies it, once.
+
+        Raises: InvalidRequestError for what `trim` could not go back to.
+        """
+        counts = self._counts_beyond(length)
+        if self._chunk:
+            self._settle()  # else each would merge it, into a body of its own
+        twin = copy(self)
+        twin.num_growths = 0
+        twin.trim(counts)
+        mx.eval(twin.arrays)
+        return twin
 
     def state(self) -> CacheState:
         """What is held, to be stored; the cache goes on as if nobody had asked. Waits for steps in flight."""
@@ -191,7 +208,7 @@ class KVCache(CacheLengths):
             float_until=facts.float_until,
         )
         cache.row_format, cache._offsets = facts.current_format, facts.offsets
-        cache._tail_starts = tuple(map(_merged, facts.offsets))
+        cache._tail_starts = tuple(map(merged, facts.offsets))
         # Of a ring only what is seen is sure to be in a state.
         cache._oldest = (0,) * len(facts.offsets) if cache.window is None else cache._tail_starts
         tail = next(planes for _, part, planes in state.planes() if part == "tail")
@@ -199,7 +216,7 @@ class KVCache(CacheLengths):
         cache._tail = make_room(like, 2 * TAIL)
         cache._prefix = make_room(like, cache.keep) if cache.keep else ()
         if cache.offset > TAIL:
-            cache._make_body(_merged(cache.offset))
+            cache._make_body(merged(cache.offset))
         held = {"prefix": cache._prefix, "body": cache._body, "tail": cache._tail}
         for row, part, planes in state.planes():
             held[part] = write(held[part], planes, 0, row)
@@ -208,15 +225,15 @@ class KVCache(CacheLengths):
 
     def held_slots(self, offset: int) -> dict[str, int]:
         """How many slots each part has in use, in a row with `offset` positions stored."""
-        merged = _merged(offset)
-        body = merged if self._ring is None else min(merged, self._ring)
-        return {"prefix": min(self.keep, offset), "body": body, "tail": offset - merged}
+        middle = merged(offset)
+        body = middle if self._ring is None else min(middle, self._ring)
+        return {"prefix": min(self.keep, offset), "body": body, "tail": offset - middle}
 
     def _check_trim(self, offsets: tuple[int, ...]) -> None:
         """Refuse what a ring no longer holds, and floats that are packed by now."""
         for start, oldest, offset in zip(self._tail_starts, self._oldest, offsets, strict=True):
             needed = 0 if self.window is None else max(0, offset - self.window + 1)
-            if _merged(offset) < start and oldest > min(needed, _merged(offset)):
+            if merged(offset) < start and oldest > min(needed, merged(offset)):
                 raise InvalidRequestError(
                     f"a cache with a window of {self.window} cannot go back to position {offset}: "
                     f"it holds those from {oldest}; process the text anew"
@@ -226,14 +243,14 @@ class KVCache(CacheLengths):
     def _settle(self) -> None:
         """Merge what can be merged, as the next step would begin by doing. Waits for steps in flight."""
         mx.synchronize()
-        self._merge(tuple(map(_merged, self._offsets)))
+        self._merge(tuple(map(merged, self._offsets)))
 
     def _open(self, meta: StepMeta) -> tuple[int, ...]:
         """Begin a step: merge what the one before left to merge. Returns where the step's rows start."""
         starts = self._starts_of(meta)
         if self.writes_body:
             lengths = zip(starts, meta.lengths, strict=True)
-            self._merge(tuple(_merged(start + min(length, 1)) for start, length in lengths))
+            self._merge(tuple(merged(start + min(length, 1)) for start, length in lengths))
         self._convert()
         return starts
 
@@ -259,7 +276,7 @@ class KVCache(CacheLengths):
         tail_ends = self._chunk_starts if self._chunk else self._offsets
         spans = (self._tail_starts, middles, tail_ends, self._offsets)
         tail: Planes = ()  # a new one: the rows that stay are read from the old one, which is so held
-        for row, (begin, middle, tail_end, end) in _rows(*spans):
+        for row, (begin, middle, tail_end, end) in each_row(*spans):
             rows = take(self._tail, 0, tail_end - begin, row)
             if end > tail_end:
                 rows = join(rows, take(self._chunk, 0, end - tail_end, row))
@@ -297,7 +314,7 @@ class KVCache(CacheLengths):
             self._body = write(self._body, take(rows, until_end, count), 0, row)
 
     def _write_prefix(self, new: Planes, starts: tuple[int, ...]) -> None:
-        for row, (start, end) in _rows(starts, self._offsets):
+        for row, (start, end) in each_row(starts, self._offsets):
             if start < min(self.keep, end):
                 rows = take(new, 0, min(self.keep, end) - start, row)
                 self._prefix = write(self._prefix, rows, start, row)
@@ -332,7 +349,7 @@ class KVCache(CacheLengths):
         slots = np.arange(length)
         rows = [
             np.where(slots < end - start, start + slots, -1)
-            for _, (start, end) in _rows(starts, ends)
+            for _, (start, end) in each_row(starts, ends)
         ]
         return self._make_segment(take(planes, 0, length), np.stack(rows), is_prefix=is_prefix)
 
@@ -344,7 +361,7 @@ class KVCache(CacheLengths):
         length = longest if ring is None else min(ring, longest)
         slots = np.arange(length)
         rows = []
-        for _, (end,) in _rows(self._tail_starts):
+        for _, (end,) in each_row(self._tail_starts):
             # The newest position below `end` that has this slot.
             held = slots if ring is None else slots + (end - 1 - slots) // ring * ring
             rows.append(np.where(held < end, held, -1))
@@ -370,17 +387,6 @@ class KVCache(CacheLengths):
             has_gaps=not is_held.all(),
             window=None if is_prefix else self.window,
         )
-
-
-def _rows(*columns: tuple[int, ...]) -> list[tuple[Row, tuple[int, ...]]]:
-    """The values of each row of the batch; where all rows are alike, of the whole batch at once."""
-    rows = list(zip(*columns, strict=True))
-    return [(None, rows[0])] if len(set(rows)) == 1 else list(enumerate(rows))
-
-
-def _merged(offset: int) -> int:
-    """Positions that lie in the body at rest once `offset` are stored; a full tail waits for the next step."""
-    return max(0, offset - 1) // TAIL * TAIL
 
 
 def prepare_step(caches: Sequence[BodyWriter]) -> None:

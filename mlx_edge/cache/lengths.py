@@ -6,7 +6,7 @@ where rows lie, and what else cannot be forgotten, is said by the caches (`layer
 
 from collections.abc import Sequence
 
-from mlx_edge.cache.rows import FloatRows, RowFormat
+from mlx_edge.cache.rows import FloatRows, Row, RowFormat
 from mlx_edge.cache.saved import CacheFacts
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.ops import StepMeta
@@ -56,6 +56,9 @@ class CacheLengths:
     @property
     def _is_due(self) -> bool:
         """Whether the rows should have the wanted format, and have not."""
+        # Asked of each cache in each step: one object is the same format, without a comparison.
+        if self.row_format is self._wanted_format:
+            return False
         return self.row_format != self._wanted_format and self.offset >= self._float_until
 
     def _facts(self) -> CacheFacts:
@@ -89,6 +92,19 @@ class CacheLengths:
             )
         return offsets
 
+    def _counts_beyond(self, length: int | None) -> tuple[int, ...]:
+        """How many positions of each row stand behind its first `length`; None for as many as are stored.
+
+        Raises: InvalidRequestError where a row has fewer.
+        """
+        if length is None:
+            return (0,) * len(self._offsets)
+        if not 0 <= length <= min(self._offsets, default=0):
+            raise InvalidRequestError(
+                f"a fork of the first {length} positions; {min(self._offsets, default=0)} are stored"
+            )
+        return tuple(offset - length for offset in self._offsets)
+
     def _check_format_at(self, offsets: tuple[int, ...]) -> None:
         """Refuse to go back to where rows were floats, when they are packed by now."""
         is_packed = self._gets_packed and self.row_format == self._wanted_format
@@ -97,3 +113,14 @@ class CacheLengths:
                 f"the cache is packed from position {self._float_until} on and cannot go back to "
                 f"{max(offsets)}, where rows were floats; process the text anew"
             )
+
+
+def each_row(*columns: tuple[int, ...]) -> list[tuple[Row, tuple[int, ...]]]:
+    """The values of each row of the batch; where all rows are alike, of the whole batch at once."""
+    rows = list(zip(*columns, strict=True))
+    return [(None, rows[0])] if len(set(rows)) == 1 else list(enumerate(rows))
+
+
+def merged(offset: int) -> int:
+    """Positions that lie in the body at rest once `offset` are stored; a full tail waits for the next step."""
+    return max(0, offset - 1) // TAIL * TAIL

@@ -1,12 +1,14 @@
 """The KV cache of one layer where the CPU kernels run: pages of their own, appended to in place.
 
 The kernels' store has the memory and knows no lengths; this class knows how many positions there are, and that a
-step waits for the one before it (its ticket). Nothing is ever copied: a position that `trim` forgot is written
-over by whoever comes next. Rows are stored as float16, as float32 for a float32 checkpoint, or packed; a state that
-is saved has the shape of `KVCache`'s, so that files are alike.
+step waits for the one before it (its ticket). A position that `trim` forgot is written over by whoever comes next;
+nothing is copied but a page that a fork still shares, when it is written. Rows are stored as float16, as float32 for
+a float32 checkpoint, or packed; a state that is saved has the shape of `KVCache`'s, so that files are alike.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -56,7 +58,7 @@ class PagedKVCache(CacheLengths):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages in use, of steps that have run."""
+        """Bytes of the pages in use, of steps that have run; those that a fork shares count in each of the two."""
         return 0 if self._store is None else int(self._store.bytes)
 
     @property
@@ -88,7 +90,7 @@ class PagedKVCache(CacheLengths):
             self._offsets = starts
             self._store = self._make_store()
         self._convert()
-        self._offsets = tuple(s + n for s, n in zip(starts, meta.lengths, strict=True))
+        self._offsets = tuple(map(add, starts, meta.lengths))
         self._latest = tuple(map(max, starts, self._latest or starts))
         return self._store
 
@@ -114,6 +116,27 @@ class PagedKVCache(CacheLengths):
         Raises: InvalidRequestError for what cannot be forgotten; the cache stays as it was.
         """
         offsets = self._offsets_without(count)
+        self._check_at(offsets)
+        self._offsets = offsets
+
+    def fork(self, length: int | None = None) -> "PagedKVCache":
+        """A cache of the first `length` positions, of all when None: both go on as if the other were not there.
+
+        They share the pages: whoever writes one that the other still holds copies it first. Waits for steps in flight.
+
+        Raises: InvalidRequestError for what `trim` could not go back to.
+        """
+        offsets = self._offsets_without(self._counts_beyond(length))
+        self._check_at(offsets)
+        self._settle()
+        twin = copy(self)
+        twin._offsets, twin.ticket = offsets, None
+        if self._store is not None:
+            twin._store = self._store.fork(offsets)
+        return twin
+
+    def _check_at(self, offsets: tuple[int, ...]) -> None:
+        """Refuse to go back to where the window has moved on from, or to floats that are packed by now."""
         for offset, latest in zip(offsets, self._latest, strict=True):
             # The store gives back what lies a page and more before the window of a step's first query.
             if self.window is not None and offset < latest - PAGE and latest >= self.window + PAGE:
@@ -122,7 +145,6 @@ class PagedKVCache(CacheLengths):
                     f"a step began at {latest}; process the text anew"
                 )
         self._check_format_at(offsets)
-        self._offsets = offsets
 
     def state(self) -> CacheState:
         """What is held, to be stored; the cache goes on as if nobody had asked. Waits for steps in flight."""

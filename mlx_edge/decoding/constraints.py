@@ -21,16 +21,13 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_edge.decoding.json_schema import read_schema
+from mlx_edge.decoding.json_schema import schema_rule
 from mlx_edge.errors import InvalidRequestError, UnsupportedModelError
 from mlx_edge.text import Tokenizer
 from mlx_edge.text.message import one_line
 from mlx_edge.text.pieces import NeighbourReader
 
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
-# Between the parts of a JSON text: nothing, a space, or a new line with its indentation. Bounded, because a model
-# that is held to a schema against its will likes to write spaces for ever.
-_WHITESPACE = r" |\n {0,24}|\n\t{0,8}"
 _TEMPERATURE = re.compile(r"\w\[[^\]\n]*\btemperature\s*=")
 
 
@@ -103,13 +100,8 @@ def make_constraint(
             grammar = _check_lark(lark)
         else:
             assert json_schema is not None
-            grammar = _schema_grammar(read_schema(json_schema))
+            grammar = f"start: {schema_rule(json_schema)}"
         return _Grammar(library, vocabulary, grammar + _NO_FORCING, kind)
-
-
-def _schema_grammar(schema: dict[str, Any]) -> str:
-    options = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": _WHITESPACE}
-    return f"start: %json {json.dumps({**schema, 'x-guidance': options})}"
 
 
 def _check_lark(lark: str) -> str:

@@ -20,7 +20,7 @@ from mlx_edge import ops
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.interface import Cache, LanguageModel, LayerCache
+from mlx_edge.models.interface import Cache, LanguageModel, LayerCache, ModelLimits
 
 if TYPE_CHECKING:  # slow to import
     import numpy as np
@@ -127,6 +127,12 @@ class Choice:
 
     def make(self, logits: mx.array, constraint: "Constraint | None" = None) -> Step:
         """Start to compute the token that follows these logits (1, V), one that the constraint allows."""
+        token, row = self.pick(logits, constraint)
+        self.start(token, row)
+        return token, row
+
+    def pick(self, logits: mx.array, constraint: "Constraint | None" = None) -> Step:
+        """The token that follows these logits (1, V), one that the constraint allows; nothing is computed yet."""
         for process in self.processors:
             logits = process(self.seen, logits)
         if constraint is not None:
@@ -137,7 +143,6 @@ class Choice:
         row = logprobs[0]  # before the evaluation: the caller may read it in another thread
         if self.processors:
             self.seen = mx.concatenate([self.seen, token.astype(self.seen.dtype)])
-        self.start(token, row)
         return token, row
 
     def start(self, *results: mx.array) -> None:
@@ -200,24 +205,39 @@ def allowed_tokens(
 
     Raises: InvalidRequestError for a prompt that cannot be served.
     """
-    _check_positive("max_tokens", max_tokens)
     if prompt.ndim != 1 or prompt.size == 0:
         raise InvalidRequestError(
             f"the prompt has shape {prompt.shape}; expected one token or more"
         )
-    lowest, highest = prompt.min().item(), prompt.max().item()
-    if not 0 <= lowest <= highest < model.config.vocab_size:  # type: ignore[operator]
-        raise InvalidRequestError(
-            f"the prompt holds token {lowest if lowest < 0 else highest}; "  # type: ignore[operator]
-            f"the vocabulary has {model.config.vocab_size}"
-        )
+    extremes = prompt.min().item(), prompt.max().item()
     held = cache[0].offset + prompt.size
-    context = model.config.context_size
-    if held > context:
+    return check_prompt(extremes, held, model.config, max_tokens)  # type: ignore[arg-type]
+
+
+def check_prompt(
+    extremes: tuple[int, int],
+    num_tokens: int,
+    limits: ModelLimits,
+    max_tokens: int,
+    context_size: int | None = None,
+) -> int:
+    """How many tokens may follow a prompt of `num_tokens`, whose lowest and highest ids are the `extremes`.
+
+    `context_size` is the model's unless told. Raises: InvalidRequestError for a prompt that cannot be served.
+    """
+    _check_positive("max_tokens", max_tokens)
+    lowest, highest = extremes
+    if not 0 <= lowest <= highest < limits.vocab_size:
         raise InvalidRequestError(
-            f"the prompt has {held} tokens, the model's context {context}; shorten the prompt"
+            f"the prompt holds token {lowest if lowest < 0 else highest}; "
+            f"the vocabulary has {limits.vocab_size}"
         )
-    return min(max_tokens, context - held + 1)
+    context = limits.context_size if context_size is None else context_size
+    if num_tokens > context:
+        raise InvalidRequestError(
+            f"the prompt has {num_tokens} tokens, the model's context {context}; shorten the prompt"
+        )
+    return min(max_tokens, context - num_tokens + 1)
 
 
 def reserve(

@@ -15,6 +15,7 @@ from mlx_edge.decoding.loop import PREFILL_STEP_SIZE
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import Cache, LanguageModel
 from mlx_edge.ops.cpu import pass_cost
+from mlx_edge.text import Tokenizer
 
 MAX_DRAFT_TOKENS = 15  # with the token before them 16 rows, which small-batch kernels still serve
 NUM_DRAFT_TOKENS = 3  # of a draft model, as in mlx-lm
@@ -298,6 +299,18 @@ def make_proposer(
             f"({own.model_type}) one of {own.vocab_size}; a draft model must have the same vocabulary"
         )
     return DraftModel(draft_model, own.vocab_size, num_draft_tokens or NUM_DRAFT_TOKENS)
+
+
+def check_same_vocabulary(tokenizer: Tokenizer, other: Tokenizer, name: str) -> None:
+    """Raise InvalidRequestError where a token says something else to `other`, that of the draft model `name`."""
+    special = tokenizer.special_ids | other.special_ids
+    for index in range(min(tokenizer.vocab_size, other.vocab_size)):
+        theirs, ours = other.id_to_token(index), tokenizer.id_to_token(index)
+        if theirs != ours and index not in special:
+            raise InvalidRequestError(
+                f"token {index} is {theirs!r} to the draft model {name}, and {ours!r} to the model; "
+                "a draft model must have the same vocabulary: choose one of the same family"
+            )
 
 
 def check_trimmable(

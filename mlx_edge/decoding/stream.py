@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -20,16 +20,16 @@ from mlx_edge.decoding.speculation import (
     Speculation,
     speculative_generate_step,
 )
+from mlx_edge.decoding.text_stream import TextEnd, TextStream
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import Cache, LanguageModel
 from mlx_edge.runtime import peak_memory_gb
-from mlx_edge.text import StopMatcher, Tokenizer
+from mlx_edge.text import Tokenizer
 
 if TYPE_CHECKING:  # slow to import
     from mlx_edge.decoding.constraints import Constraint
 
 Prompt = str | Sequence[int] | mx.array
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GenerationResponse:
     generation_tokens: int
     generation_tps: float
     peak_memory: float  # 10^9 bytes
-    finish_reason: FinishReason | None = None
+    finish_reason: TextEnd | None = None
     speculation: Speculation | None = None  # None where nothing drafts
 
 
@@ -86,7 +86,7 @@ def stream_generate(
     tokens = encode_prompt(tokenizer, prompt)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     limit = allowed_tokens(tokens, model, cache, max_tokens)
-    text = _TextStream(tokenizer, stop)
+    text = TextStream(tokenizer, stop)
     clock = _Clock(tokens.size)
     asked = make_proposer(
         model,
@@ -112,7 +112,7 @@ def stream_generate(
 
 def _respond(
     steps: Iterable[DraftedStep],
-    text: "_TextStream",
+    text: TextStream,
     clock: "_Clock",
     limit: int,
     constraint: "Constraint | None",
@@ -205,37 +205,16 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> mx.array:
     if isinstance(prompt, mx.array):
         return prompt
     if isinstance(prompt, str):
-        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token or "")
-        prompt = tokenizer.encode(prompt, add_special_tokens=not has_bos)
+        prompt = encode_text(tokenizer, prompt)
     if not all(isinstance(token, int) and -(2**31) <= token < 2**31 for token in prompt):
         raise InvalidRequestError("the prompt's token ids must be 32-bit integers")
     return mx.array(list(prompt), dtype=mx.int32)
 
 
-class _TextStream:
-    """Tokens in, text out: held back until it is whole characters and cannot begin a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._ends = tokenizer.eos_token_ids
-        self._detokenizer = tokenizer.detokenizer
-        self._matcher = StopMatcher(stop)
-
-    def add(
-        self, token: int, *, is_complete: bool, is_last: bool
-    ) -> tuple[str, FinishReason | None]:
-        """The text that may be shown now, and why the generation ends here, if it does."""
-        is_end = token in self._ends
-        if not is_end:
-            self._detokenizer.add_token(token)
-        is_complete = is_complete or is_end
-        if is_complete or is_last:
-            self._detokenizer.finalize()
-        text, is_stopped = self._matcher.push(self._detokenizer.last_segment)
-        if is_stopped:
-            return text, "stop"
-        if is_complete or is_last:
-            return text + self._matcher.flush(), "stop" if is_complete else "length"
-        return text, None
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a prompt. A text that begins with the BOS token's own text gets no second one."""
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token or "")
+    return tokenizer.encode(text, add_special_tokens=not has_bos)
 
 
 class _Clock:

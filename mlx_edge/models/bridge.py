@@ -91,6 +91,15 @@ class BridgedCache:
             self.inner.trim(count)
         self.offset -= count
 
+    def fork(self, length: int | None = None) -> "BridgedCache":
+        """Never.
+
+        Raises: InvalidRequestError: mlx-lm's caches are written in place, in ways of each kind's own.
+        """
+        raise InvalidRequestError(
+            f"mlx-lm's {type(self.inner).__name__} cannot be forked; process the text anew in a new cache"
+        )
+
 
 @dataclass(frozen=True)
 class BridgedModel:

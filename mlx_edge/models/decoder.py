@@ -14,6 +14,7 @@ from mlx_edge import ops
 from mlx_edge.cache import MAX_HEAD_DIM, AnyKVCache, KVCache, PagedKVCache, RowFormat, prepare_step
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.config import ModelConfig
+from mlx_edge.models.interface import find_kept_rows
 from mlx_edge.ops import uses_cpu_kernels
 from mlx_edge.ops.cpu import describe as describe_cpu
 from mlx_edge.weights import Checkpoint, LoadReport
@@ -67,6 +68,55 @@ class Decoder:
         if logits_to_keep is not None and logits_to_keep < width:
             x = x[:, width - logits_to_keep :]
         return ops.head(x, self.head)
+
+    def run_sequences(
+        self,
+        tokens: mx.array,
+        caches: Sequence[Sequence[AnyKVCache]],
+        lengths: Sequence[int],
+        logits_to_keep: Sequence[int],
+    ) -> mx.array:
+        """Logits (sum(logits_to_keep), V) of many sequences in one pass, without padding.
+
+        Sequence i brings `lengths[i]` of the int32 tokens (T,), which follow what `caches[i]` holds and are stored
+        there; its last `logits_to_keep[i]` have logits. Where `row_exactness` has no objection, a sequence's logits
+        have the bits of `__call__` on it alone.
+
+        Raises: InvalidRequestError for numbers that do not fit together, or one cache for two sequences.
+        """
+        kept = find_kept_rows(tokens.size, caches, lengths, logits_to_keep)
+        prepare_step([kv for cache in caches for kv in cache])
+        meta = ops.StepMeta.ragged([cache[0].offset for cache in caches], lengths)
+        x = ops.embed(tokens[None], self.embedding)
+        for layer, *handles in zip(self.layers, *caches, strict=True):
+            kv = ops.RaggedKV(tuple(handles))
+            x = ops.attention_block(x, layer.attention, kv, layer.rope, meta)
+            x = ops.mlp_block(x, layer.mlp)
+        if not kept:
+            return mx.zeros((0, self.head.projection.shape[0]), x.dtype)
+        if len(kept) < tokens.size:
+            x = x[:, mx.array(kept)]
+        return ops.head(x, self.head)[0]
+
+    @property
+    def row_exactness(self) -> str | None:
+        """Why the bits of a token's logits may depend on the other tokens of its step; None when they never do."""
+        if ops.uses_metal_kernels():
+            return "steps of more than 16 tokens are left to MLX's own kernels, whose bits depend on how many there are"
+        if not uses_cpu_kernels():
+            return "MLX's own kernels compute it, whose bits depend on how many tokens a step has"
+        if not all(isinstance(weight, ops.Packed) for weight in self._linears()):
+            return "some weights are left to MLX's own kernels, whose bits depend on how many tokens a step has"
+        if any(layer.attention.head_dim > MAX_HEAD_DIM for layer in self.layers):
+            return f"heads larger than {MAX_HEAD_DIM} are left to MLX's own kernels"
+        return None
+
+    def _linears(self) -> Iterator[ops.Linear]:
+        for layer in self.layers:
+            attention, mlp = layer.attention, layer.mlp
+            yield from (attention.q, attention.k, attention.v, attention.o)
+            yield from (mlp.gate, mlp.up, mlp.down)
+        yield self.head.projection
 
     def check_unchanged(self) -> None:
         """Raises ModelFormatError when a file was replaced or changed that weights are still read from."""

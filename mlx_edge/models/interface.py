@@ -1,14 +1,15 @@
-"""What the loop asks of a language model, whoever defined it: `Decoder`, or a model of mlx-lm behind the bridge.
+"""What the loops ask of a language model, whoever defined it: `Decoder`, or a model of mlx-lm behind the bridge.
 
-Shapes of types alone; nothing here runs.
+The shapes of types, and steps of many sequences for models that can and for those that cannot take them together.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import mlx.core as mx
 
 from mlx_edge.cache import RowFormat
+from mlx_edge.errors import InvalidRequestError
 from mlx_edge.weights import LoadReport
 
 
@@ -34,6 +35,12 @@ class LayerCache(Protocol):
         """Forget the newest `count` positions, as if they had never come.
 
         Raises: InvalidRequestError for more than can be forgotten.
+        """
+
+    def fork(self, length: int | None = None) -> Self:
+        """A cache of the first `length` positions, of all when None; both go on by themselves.
+
+        Raises: InvalidRequestError where the cache cannot be forked, or cannot go back so far.
         """
 
 
@@ -92,3 +99,73 @@ class LanguageModel(Protocol[Cache]):
         float_until: int = 0,
     ) -> list[Cache]:
         """An empty cache; InvalidRequestError for an option that this model cannot serve."""
+
+
+def run_sequences(
+    model: LanguageModel[Cache],
+    tokens: mx.array,
+    caches: Sequence[Sequence[Cache]],
+    lengths: Sequence[int],
+    logits_to_keep: Sequence[int],
+) -> mx.array:
+    """Logits (sum(logits_to_keep), V) of many sequences: as `Decoder.run_sequences`, for a model without it one by one.
+
+    Sequence i brings `lengths[i]` of the int32 tokens (T,), which follow what `caches[i]` holds and are stored there;
+    its last `logits_to_keep[i]` have logits.
+
+    Raises: InvalidRequestError for numbers that do not fit together, or one cache for two sequences.
+    """
+    together: Any = getattr(model, "run_sequences", None)
+    if together is not None:
+        logits: mx.array = together(tokens, caches, lengths, logits_to_keep)
+        return logits
+    find_kept_rows(tokens.size, caches, lengths, logits_to_keep)
+    parts, begin = [], 0
+    for cache, length, kept in zip(caches, lengths, logits_to_keep, strict=True):
+        own = tokens[None, begin : begin + length]
+        begin += length
+        last = model(own, cache, logits_to_keep=max(1, kept))[0]
+        parts.append(last[last.shape[0] - kept :])
+    return mx.concatenate(parts)
+
+
+def row_is_exact(model: LanguageModel[Cache]) -> str | None:
+    """None when a row's bits never depend on the other rows of its step; else in words why they may."""
+    if not hasattr(model, "row_exactness"):
+        return (
+            "a definition of mlx-lm computes each sequence by itself, "
+            "with bits that depend on how many tokens it brings to a step"
+        )
+    reason: str | None = model.row_exactness
+    return reason
+
+
+def find_kept_rows(
+    num_tokens: int,
+    caches: Sequence[Sequence[LayerCache]],
+    lengths: Sequence[int],
+    logits_to_keep: Sequence[int],
+) -> list[int]:
+    """The rows of a step of many sequences that have logits: the last `logits_to_keep[i]` of each.
+
+    Raises: InvalidRequestError for numbers that do not fit together, or one cache for two sequences.
+    """
+    if not 0 < len(caches) == len(lengths) == len(logits_to_keep):
+        raise InvalidRequestError(
+            f"a step of {len(caches)} caches, {len(lengths)} lengths and {len(logits_to_keep)} logits_to_keep; "
+            "expected as many of each, and at least one"
+        )
+    if len({id(cache[0]) for cache in caches}) < len(caches):
+        raise InvalidRequestError("one cache stands for two sequences of a step; fork it first")
+    kept: list[int] = []
+    end = 0
+    for length, count in zip(lengths, logits_to_keep, strict=True):
+        end += length
+        if not 0 <= count <= length or length < 1:
+            raise InvalidRequestError(
+                f"a sequence of {length} tokens with logits of {count}; expected at least one token, and no more logits"
+            )
+        kept += range(end - count, end)
+    if end != num_tokens:
+        raise InvalidRequestError(f"{num_tokens} tokens for sequences of {end} together")
+    return kept

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, NoReturn, overload
+from typing import Literal, NoReturn, Protocol, overload
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from mlx_edge.cache import AnyKVCache, CacheFacts, CacheState, KVCache
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError, ModelFormatError
 from mlx_edge.models.decoder import KEPT_PREFIX, Decoder, find_weights
 from mlx_edge.text.tokenizer_config import read_tokenizer_config
-from mlx_edge.weights import SafetensorsFile, write_safetensors
+from mlx_edge.weights import SafetensorsFile, TensorEntry, write_safetensors
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
 
 FORMAT = "mlx_edge prompt cache"
@@ -80,16 +80,10 @@ def save_prompt_cache(
     written = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "mlx_edge_version": _version(),
+        "mlx_edge_version": find_version(),
         "caches": json.dumps([state.facts.to_json() for state in states]),
     }
-    tensors = {
-        _tensor_name(layer, row, part, index): plane
-        for layer, state in enumerate(states)
-        for row, part, planes in state.planes()
-        for index, plane in enumerate(planes)
-    }
-    write_safetensors(Path(path), tensors, metadata={**metadata, **written})
+    write_safetensors(Path(path), name_planes(states), metadata={**metadata, **written})
 
 
 @overload
@@ -118,8 +112,8 @@ def load_prompt_cache(
         _check_owner(path, metadata, model)
         try:
             layers = _read_facts(metadata)
-            _check_facts(layers, metadata, model)
-            caches = _read_caches(file, layers, model)
+            lengths = _token_counts(metadata["tokens"], model)
+            caches = restore_caches(file, layers, model, lengths)
         except MLXEdgeError as error:
             _fail(path, str(error))
     return (caches, metadata) if return_metadata else caches
@@ -133,6 +127,40 @@ def read_prompt_metadata(path: str | Path) -> dict[str, str]:
     path = Path(path)
     with SafetensorsFile(path) as file:
         return _check_metadata(path, file.metadata)
+
+
+class PlaneSource(Protocol):
+    """Where the planes of a saved state are: a `SafetensorsFile`, or what has its two doors."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Type and shape of each, under the names of `name_planes`."""
+
+    def read(self, name: str) -> mx.array:
+        """One of them."""
+
+
+def name_planes(states: Sequence[CacheState], first: int = 0) -> dict[str, mx.array]:
+    """Every plane that the states of a model's layers from `first` on hold, under the name that it has in a file."""
+    return {
+        _tensor_name(layer, row, part, index): plane
+        for layer, state in enumerate(states, first)
+        for row, part, planes in state.planes()
+        for index, plane in enumerate(planes)
+    }
+
+
+def restore_caches(
+    source: PlaneSource, layers: Sequence[CacheFacts], model: Decoder, lengths: tuple[int, ...]
+) -> list[AnyKVCache]:
+    """Evaluated caches that go on where those with these facts, one per layer, and these planes were saved.
+
+    `lengths` is how many tokens each row of the batch is told to have.
+
+    Raises: ModelFormatError for facts or planes that this model's caches do not have, or of other lengths.
+    """
+    _check_layers(layers, model, lengths)
+    return _read_caches(source, layers, model)
 
 
 def fingerprint_model(model: Decoder) -> str:
@@ -173,7 +201,8 @@ def _tensor_name(layer: int, row: int, part: str, index: int) -> str:
     return f"layers.{layer}.rows.{row}.{part}.{index}"
 
 
-def _version() -> str:
+def find_version() -> str:
+    """The version of this package."""
     # By name: the package must not be imported from inside while it is being set up.
     version: str = import_module("mlx_edge").__version__
     return version
@@ -223,7 +252,7 @@ def _read_facts(metadata: Mapping[str, str]) -> list[CacheFacts]:
     return [CacheFacts.from_json(layer) for layer in layers]
 
 
-def _check_facts(layers: Sequence[CacheFacts], metadata: Mapping[str, str], model: Decoder) -> None:
+def _check_layers(layers: Sequence[CacheFacts], model: Decoder, lengths: tuple[int, ...]) -> None:
     """The caches are such as this model makes, alike in all layers, and hold the tokens that are told."""
     if len(layers) != len(model.layers):
         raise ModelFormatError(f"it has {len(layers)} layers, the model {len(model.layers)}")
@@ -242,7 +271,7 @@ def _check_facts(layers: Sequence[CacheFacts], metadata: Mapping[str, str], mode
         raise ModelFormatError(
             f"it holds {max(first.offsets)} positions, the model's context {model.config.context_size}"
         )
-    if not max(first.offsets) or _token_counts(metadata["tokens"], model) != first.offsets:
+    if not max(first.offsets) or lengths != first.offsets:
         raise ModelFormatError(f"it holds {first.offsets} positions, and tells of other tokens")
 
 
@@ -261,12 +290,12 @@ def _token_counts(text: str, model: Decoder) -> tuple[int, ...]:
 
 
 def _read_caches(
-    file: SafetensorsFile, layers: Sequence[CacheFacts], model: Decoder
+    source: PlaneSource, layers: Sequence[CacheFacts], model: Decoder
 ) -> list[AnyKVCache]:
     """The caches, once every tensor is there with the shape and type that the model itself gives its rows."""
     probe = model.make_cache(row_format=layers[0].current_format)
     model(mx.zeros((1, 1), mx.int32), probe)  # lazy: only shapes and types are looked at
-    unread = set(file.tensors)
+    unread = set(source.tensors)
     states = []
     for index, (facts, example) in enumerate(zip(layers, probe, strict=True)):
         like = example.state().rows[0]["tail"]
@@ -279,7 +308,7 @@ def _read_caches(
                     names = [_tensor_name(index, row, part, i) for i in range(len(like))]
                     unread -= set(names)
                     parts[part] = tuple(
-                        _read_plane(file, name, plane, count)
+                        _read_plane(source, name, plane, count)
                         for name, plane in zip(names, like, strict=True)
                     )
             rows.append(parts)
@@ -287,13 +316,13 @@ def _read_caches(
     if unread:
         raise ModelFormatError(f"{len(unread)} tensors belong to nothing")
     caches = [type(like).from_state(state) for like, state in zip(probe, states, strict=True)]
-    mx.eval([array for cache in caches for array in cache.arrays])  # before the file is closed
+    mx.eval([array for cache in caches for array in cache.arrays])  # before a file is closed
     return caches
 
 
-def _read_plane(file: SafetensorsFile, name: str, like: mx.array, count: int) -> mx.array:
+def _read_plane(source: PlaneSource, name: str, like: mx.array, count: int) -> mx.array:
     shape = (*like.shape[:3], count, like.shape[4])
-    entry = file.tensors.get(name)
+    entry = source.tensors.get(name)
     if entry is None:
         raise ModelFormatError(f"tensor {name} is missing")
     if entry.shape != shape or ELEMENT_TYPES[entry.dtype].mlx != like.dtype:
@@ -301,4 +330,4 @@ def _read_plane(file: SafetensorsFile, name: str, like: mx.array, count: int) ->
         raise ModelFormatError(
             f"tensor {name} is {entry.dtype} {list(entry.shape)[:8]}, expected {wanted} {list(shape)}"
         )
-    return file.read(name)
+    return source.read(name)

@@ -34,6 +34,7 @@ from mlx_edge.ops.types import (
     PagedHandle,
     Precision,
     Quantized,
+    RaggedKV,
     Rope,
     Segment,
     StepMeta,
@@ -56,6 +57,7 @@ __all__ = [
     "PagedHandle",
     "Precision",
     "Quantized",
+    "RaggedKV",
     "Rope",
     "Segment",
     "StepMeta",
@@ -137,9 +139,16 @@ def head(x: mx.array, weights: HeadWeights) -> mx.array:
 
 
 def attention_block(
-    x: mx.array, weights: AttentionWeights, kv: KVHandle, rope: Rope | None, meta: StepMeta
+    x: mx.array,
+    weights: AttentionWeights,
+    kv: KVHandle | RaggedKV,
+    rope: Rope | None,
+    meta: StepMeta,
 ) -> mx.array:
-    """One attention layer with its norm and residual: (B, L, E) to (B, L, E); stores the new positions in kv."""
+    """One attention layer with its norm and residual: (B, L, E) to (B, L, E); stores the new positions in kv.
+
+    In a ragged step (1, L, E): each sequence stores in its own of the caches in `kv`, and sees no other.
+    """
     y: mx.array = run("attention_block", x, weights, kv, rope, meta)
     return y
 

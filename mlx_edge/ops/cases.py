@@ -73,6 +73,17 @@ class BlockCase:
 
 
 @dataclass(frozen=True)
+class RaggedCase:
+    """A layer in ragged steps: the lengths that each of several sequences brings to each."""
+
+    layer: BlockCase  # of which the sizes count, not the steps
+    steps: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        return f"{self.layer}-ragged-{'-'.join('+'.join(map(str, step)) for step in self.steps)}"
+
+
+@dataclass(frozen=True)
 class RowCase:
     """Rows of a given width, for the ops that treat each row alone."""
 
@@ -91,6 +102,7 @@ class Cases:
     attention: tuple[AttentionCase, ...]
     block: tuple[BlockCase, ...]
     rows: tuple[RowCase, ...]
+    ragged: tuple[RaggedCase, ...] = ()
 
 
 TEST = Cases(
@@ -125,6 +137,12 @@ TEST = Cases(
         BlockCase(1, 64, 96, 4, 2, 64, (12, 4), has_bias=True, is_interleaved=True, rope_dims=32),
     ),
     rows=(RowCase(1, 64), RowCase(3, 33), RowCase(17, 1000)),
+    ragged=(
+        RaggedCase(
+            BlockCase(1, 64, 96, 4, 2, 64, (), has_qk_norm=True), ((33, 1, 7), (1, 5, 1), (1, 1, 1))
+        ),
+        RaggedCase(BlockCase(1, 128, 192, 4, 1, 64, (), bits=4, window=9), ((3, 12), (1, 2))),
+    ),
 )
 
 _LLAMA_1B = BlockCase(1, 2048, 8192, 32, 8, 64, steps=(512, 1), bits=4)

@@ -7,7 +7,7 @@ weights and where they lie is `models/packing.py`'s.
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,7 @@ from mlx_edge.ops.types import (
     Norm,
     Packed,
     PagedHandle,
+    RaggedKV,
     Rope,
     StepMeta,
 )
@@ -190,7 +191,7 @@ def _precision(weights: Linear) -> Any:
 
 
 def _step(meta: StepMeta) -> Any:
-    return extension().Step(list(meta.starts), list(meta.lengths), meta.width)
+    return extension().Step(list(meta.starts), list(meta.lengths), meta.width, meta.is_ragged)
 
 
 def make_step(meta: StepMeta) -> Any:
@@ -226,15 +227,26 @@ def glu(gate: mx.array, up: mx.array, activation: Activation) -> mx.array:
 
 
 def attention_block(
-    x: mx.array, weights: AttentionWeights, kv: PagedHandle, rope: Rope | None, meta: StepMeta
+    x: mx.array,
+    weights: AttentionWeights,
+    kv: PagedHandle | RaggedKV,
+    rope: Rope | None,
+    meta: StepMeta,
 ) -> mx.array:
-    """As `ops.attention_block`, over a store that is appended to in place."""
+    """As `ops.attention_block`, over stores that are appended to in place."""
     layer = _records.get(weights, _attention_layer, rope)
-    store = kv.begin(weights.num_kv_heads, weights.head_dim, meta)
+    handles: Sequence[Any] = kv.handles if isinstance(kv, RaggedKV) else (kv,)
+    sizes = (weights.num_kv_heads, weights.head_dim)
+    metas = meta.alone if meta.is_ragged else (meta,)
+    stores = [handle.begin(*sizes, own) for handle, own in zip(handles, metas, strict=True)]
+    # Sequences that were in a step together have one ticket.
+    tickets = {id(h.ticket): h.ticket for h in handles if h.ticket is not None}
     y: mx.array
-    y, kv.ticket = extension().attention_block(
-        x, layer, store, kv.ticket, make_step(meta), _precision(weights.q)
+    y, ticket = extension().attention_block(
+        x, layer, stores, list(tickets.values()), make_step(meta), _precision(weights.q)
     )
+    for handle in handles:
+        handle.ticket = ticket
     return y
 
 
@@ -273,10 +285,11 @@ def argmax(x: mx.array) -> mx.array:
 
 
 def refuse_attention_block(
-    x: mx.array, weights: AttentionWeights, kv: KVHandle, *_others: Any
+    x: mx.array, weights: AttentionWeights, kv: KVHandle | RaggedKV, *_others: Any
 ) -> str | None:
     """Why the kernels cannot run this layer, or None."""
-    if not hasattr(kv, "begin"):
+    handles = kv.handles if isinstance(kv, RaggedKV) else (kv,)
+    if not all(hasattr(handle, "begin") for handle in handles):
         return "the cache is not one that it appends to in place"
     return _refuse(x, weights.q, weights.k, weights.v, weights.o)
 

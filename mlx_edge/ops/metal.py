@@ -28,8 +28,10 @@ from mlx_edge.ops.metal_qmv import (
 from mlx_edge.ops.types import (
     AttentionWeights,
     HeadWeights,
+    KVHandle,
     Linear,
     MLPWeights,
+    RaggedKV,
     Rope,
     StepMeta,
     StoredPlanes,
@@ -84,14 +86,32 @@ def head(x: mx.array, weights: HeadWeights) -> mx.array:
 
 
 def attention_block(
-    x: mx.array, weights: AttentionWeights, kv: TailHandle, rope: Rope | None, meta: StepMeta
+    x: mx.array,
+    weights: AttentionWeights,
+    kv: TailHandle | RaggedKV,
+    rope: Rope | None,
+    meta: StepMeta,
 ) -> mx.array:
-    """As `ops.attention_block`; the cache gets its next tail from the kernel."""
+    """As `ops.attention_block`; the cache gets its next tail from the kernel, in a ragged step each by a launch."""
     rows = _rows(x)
     exact = _is_exact(x)
     qkv = _project(rows, weights, exact)
-    shape = (x.shape[0], weights.num_kv_heads, x.shape[1], weights.head_dim)
-    stored = kv.open_step(_like(shape, x.dtype), meta)
+    if isinstance(kv, RaggedKV):
+        parts = zip(kv.handles, meta.alone, meta.rows, strict=True)
+        heads = mx.concatenate(
+            [_attend(qkv[own], weights, handle, rope, alone) for handle, alone, own in parts]
+        )
+    else:
+        heads = _attend(qkv, weights, kv, rope, meta)
+    return _back(qmv_res(heads, weights.o, rows, exact=exact), x)
+
+
+def _attend(
+    qkv: mx.array, weights: AttentionWeights, kv: Any, rope: Rope | None, meta: StepMeta
+) -> mx.array:
+    """Heads (B * L, H * D) of raw qkv over one cache, which gets its next tail."""
+    shape = (len(meta.starts), weights.num_kv_heads, meta.width, weights.head_dim)
+    stored = kv.open_step(_like(shape, qkv.dtype), meta)
     heads, tail = attend(
         qkv,
         stored,
@@ -105,7 +125,7 @@ def attention_block(
         k_norm=weights.k_norm,
     )
     kv.close_step(tail, meta)
-    return _back(qmv_res(heads, weights.o, rows, exact=exact), x)
+    return heads
 
 
 @lru_cache(maxsize=16)
@@ -128,7 +148,7 @@ def _place(meta: StepMeta, stored: StoredPlanes, window: int | None) -> Position
     )
 
 
-_placed = lru_cache(maxsize=8)(place)
+_placed = lru_cache(maxsize=64)(place)  # a ragged step has as many as sequences
 
 
 def _project(rows: mx.array, weights: AttentionWeights, exact: bool) -> mx.array:
@@ -156,35 +176,55 @@ def _back(rows: mx.array, x: mx.array) -> mx.array:
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
+def _caches(kv: KVHandle | RaggedKV) -> tuple[Any, ...]:
+    return kv.handles if isinstance(kv, RaggedKV) else (kv,)
+
+
 def refuse_attention_block(
-    x: mx.array, weights: AttentionWeights, kv: TailHandle, rope: Rope | None, meta: StepMeta
+    x: mx.array,
+    weights: AttentionWeights,
+    kv: TailHandle | RaggedKV,
+    rope: Rope | None,
+    meta: StepMeta,
 ) -> str | None:
     """Why the kernels cannot run this layer, or None."""
-    if not hasattr(kv, "open_step"):
+    caches = _caches(kv)
+    if not all(hasattr(cache, "open_step") for cache in caches):
         return "the cache has no tail that a kernel may make anew"
-    rows, (bits, group_size) = _rows(x), kv.packing
+    rows = _rows(x)
     projections = (refuse(rows, [one]) for one in (weights.q, weights.k, weights.v))
     refusal = next((found for found in projections if found is not None), None)
-    return (
-        refusal
-        or refuse_residual(weights.o)
-        or refuse_attention(
+    refusal = refusal or refuse_residual(weights.o)
+    if refusal is not None:
+        return refusal
+    width = max(meta.lengths) if meta.is_ragged else meta.width
+    kinds = {(*cache.packing, cache.keep) for cache in caches}
+    refusals = (
+        refuse_attention(
             x.dtype,
             num_heads=weights.num_heads,
             num_kv_heads=weights.num_kv_heads,
             head_dim=weights.head_dim,
-            width=meta.width,
+            width=width,
             rope=rope,
             bits=bits,
             group_size=group_size,
-            keep=kv.keep,
+            keep=keep,
         )
+        for bits, group_size, keep in sorted(kinds)
     )
+    return next((found for found in refusals if found is not None), None)
 
 
 def _refuse_mlp_block(x: mx.array, weights: MLPWeights) -> str | None:
     refusal = refuse(_rows(x), [weights.gate, weights.up])
     return refusal or refuse_residual(weights.down)
+
+
+def _has_open_prefix(kv: KVHandle | RaggedKV, meta: StepMeta) -> bool:
+    starts = meta.starts if meta.is_ragged else (min(meta.starts),)
+    keeps = (getattr(cache, "keep", 0) for cache in _caches(kv))
+    return any(start < keep for start, keep in zip(starts, keeps, strict=True))
 
 
 def leave(op: str, args: tuple[Any, ...]) -> str | None:
@@ -195,19 +235,25 @@ def leave(op: str, args: tuple[Any, ...]) -> str | None:
     rows = x.size // x.shape[-1]
     if rows > MAX_ROWS:
         return f"{rows} rows; more than {MAX_ROWS} are left to MLX's own kernels"
-    if op == "attention_block" and min(args[4].starts) < getattr(args[2], "keep", 0):
+    if op == "attention_block" and _has_open_prefix(args[2], args[4]):
         return "the positions that are always kept are not all stored yet"
     return None
 
 
 def _describe_attention_block(
-    x: mx.array, weights: AttentionWeights, kv: TailHandle, _rope: Rope | None, _meta: StepMeta
+    x: mx.array,
+    weights: AttentionWeights,
+    kv: TailHandle | RaggedKV,
+    _rope: Rope | None,
+    meta: StepMeta,
 ) -> str:
     rows, exact, projections = _rows(x), _is_exact(x), [weights.q, weights.k, weights.v]
     names = [describe(rows, projections, exact=exact)]
     if not have_one_format(projections):
         names = [*(describe(rows, [one], exact=exact) for one in projections), "concatenate"]
-    attention = "attn_decode_q" if any(kv.packing) else "attn_decode"
+    is_packed = any(any(cache.packing) for cache in _caches(kv))
+    each = " for each sequence" if meta.is_ragged else ""
+    attention = f"attn_decode_q{each}" if is_packed else f"attn_decode{each}"
     names.append(f"{attention}, then attn_combine beyond {PART} positions")
     return ", ".join([*names, describe(rows, [weights.o], "res", exact=exact)])
 

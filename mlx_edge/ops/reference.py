@@ -25,6 +25,7 @@ from mlx_edge.ops.types import (
     Packed,
     PackedRows,
     Quantized,
+    RaggedKV,
     Rope,
     Segment,
     StepMeta,
@@ -233,7 +234,11 @@ def merge_heads(x: mx.array) -> mx.array:
 
 
 def attention_block(
-    x: mx.array, weights: AttentionWeights, kv: KVHandle, rope: Rope | None, meta: StepMeta
+    x: mx.array,
+    weights: AttentionWeights,
+    kv: KVHandle | RaggedKV,
+    rope: Rope | None,
+    meta: StepMeta,
 ) -> mx.array:
     """x (B, L, E) + attention over what kv holds and the new positions, which are stored in kv on the way."""
     h = rms_norm(x, weights.norm)
@@ -244,11 +249,31 @@ def attention_block(
         q = rms_norm(q, weights.q_norm)
     if weights.k_norm is not None:
         k = rms_norm(k, weights.k_norm)
+    if isinstance(kv, RaggedKV):
+        parts = zip(kv.handles, meta.alone, meta.rows, strict=True)
+        heads = [
+            _attend_alone((q[:, :, own], k[:, :, own], v[:, :, own]), weights, handle, rope, alone)
+            for handle, alone, own in parts
+        ]
+        y = mx.concatenate(heads, axis=2)
+    else:
+        y = _attend_alone((q, k, v), weights, kv, rope, meta)
+    return x + linear(merge_heads(y), weights.o)
+
+
+def _attend_alone(
+    heads: tuple[mx.array, mx.array, mx.array],
+    weights: AttentionWeights,
+    kv: KVHandle,
+    rope: Rope | None,
+    meta: StepMeta,
+) -> mx.array:
+    """Rotation, storing and attention of queries, keys and values (B, H or K, L, D) over one cache."""
+    q, k, v = heads
     if rope is not None:
         q, k = rotate(q, rope, meta), rotate(k, rope, meta)
     segments = kv.extend(k, v, meta)
-    y = attention(q, segments, meta, scale=weights.scale, window=weights.window)
-    return x + linear(merge_heads(y), weights.o)
+    return attention(q, segments, meta, scale=weights.scale, window=weights.window)
 
 
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:

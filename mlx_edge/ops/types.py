@@ -8,6 +8,7 @@ D head dim, E model dim, F feed-forward dim, V vocabulary, G group size, N rows 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -140,17 +141,36 @@ class HeadWeights:
 class StepMeta:
     """Where the new tokens of one step stand: as arrays for kernels, and as host integers for grids.
 
-    Row b brings `lengths[b]` tokens at positions `starts[b] ...`; its columns beyond are padding.
+    Row b brings `lengths[b]` tokens at positions `starts[b] ...`; its columns beyond are padding. In a ragged step the
+    sequences stand one after another in one row, without padding, and each has a cache of its own (`RaggedKV`).
     """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
-    width: int  # L
+    width: int  # L; of a ragged step the sum of its lengths
+    is_ragged: bool = False
 
     @staticmethod
     def uniform(start: int, *, batch_size: int, width: int) -> "StepMeta":
         """Every row brings `width` tokens from position `start`."""
         return StepMeta((start,) * batch_size, (width,) * batch_size, width)
+
+    @staticmethod
+    def ragged(starts: Sequence[int], lengths: Sequence[int]) -> "StepMeta":
+        """Sequence b brings `lengths[b]` tokens from position `starts[b]`, behind those of the sequence before it."""
+        return StepMeta(tuple(starts), tuple(lengths), sum(lengths), is_ragged=True)
+
+    @cached_property
+    def alone(self) -> tuple["StepMeta", ...]:
+        """The steps that the sequences of a ragged step would make by themselves."""
+        pairs = zip(self.starts, self.lengths, strict=True)
+        return tuple(StepMeta((start,), (length,), length) for start, length in pairs)
+
+    @cached_property
+    def rows(self) -> tuple[slice, ...]:
+        """Where the tokens of each sequence of a ragged step stand along L."""
+        ends = tuple(accumulate(self.lengths))
+        return tuple(slice(e - n, e) for e, n in zip(ends, self.lengths, strict=True))
 
     @cached_property
     def starts_array(self) -> mx.array:
@@ -164,7 +184,9 @@ class StepMeta:
 
     @cached_property
     def positions(self) -> mx.array:
-        """(B, L) int32, -1 where a column is padding."""
+        """(B, L) int32, -1 where a column is padding; (1, L) of a ragged step."""
+        if self.is_ragged:
+            return mx.concatenate([meta.positions for meta in self.alone], axis=1)
         column = mx.arange(self.width, dtype=mx.int32)[None]
         return mx.where(
             column < self.lengths_array[:, None], self.starts_array[:, None] + column, mx.array(-1)
@@ -207,6 +229,13 @@ class KVHandle(Protocol):
     def extend(self, keys: mx.array, values: mx.array, meta: StepMeta) -> Sequence[Segment]:
         """Store the step's keys and values (B, K, L, D); return all that may be attended to, as stored."""
         ...
+
+
+@dataclass(frozen=True)
+class RaggedKV:
+    """One layer's caches in a ragged step: of each sequence its own, with one row."""
+
+    handles: tuple[KVHandle, ...]
 
 
 @dataclass(frozen=True)

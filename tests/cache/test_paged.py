@@ -208,3 +208,69 @@ def test_no_step_waits_and_none_copies() -> None:
     wanted = [step(packed, again, x) for x in make_inputs((20, 1, 1, 40, 1))]
     mx.eval(outputs[-1], cache.arrays)  # the newest alone: those before it must run first
     assert np.array_equal(np.array(outputs[-1]), wanted[-1])
+
+
+@pytest.mark.parametrize("shorter", [0, 7, 36], ids=lambda n: f"{n} fewer")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fork_and_its_source_go_on_by_themselves(kind: str, shorter: int) -> None:
+    _, packed = make_layer()
+    first, drafts, one, other = make_inputs((100, 40, 70, 3))
+    source = PagedKVCache(dtype=mx.float32, **KINDS[kind])
+    for x in (first, drafts):
+        step(packed, source, x)
+    fork = source.fork(140 - shorter)
+    assert fork.offsets == (140 - shorter,)
+    straight = [PagedKVCache(dtype=mx.float32, **KINDS[kind]) for _ in range(2)]
+    for cache, kept in zip(straight, (40, 40 - shorter), strict=True):
+        step(packed, cache, first)
+        step(packed, cache, drafts[:, :kept])
+    caches = [source, fork]
+    for x, y in ((one, other), (other, one), (one, one)):
+        for cache, alone, rows in zip(caches, straight, (x, y), strict=True):
+            assert np.array_equal(step(packed, cache, rows), step(packed, alone, rows))
+
+
+def test_forks_share_pages_until_they_write_them() -> None:
+    _, packed = make_layer()
+    first, token = make_inputs((200, 1))
+    source = PagedKVCache()
+    step(packed, source, first)
+    fork, short = source.fork(), source.fork(64)
+    page = source.nbytes // 4
+    assert (fork.nbytes, short.nbytes) == (4 * page, page)
+    assert fork._store.shared_bytes == 4 * page
+    step(packed, fork, token)  # into the last page, which the source has too
+    assert (fork.nbytes, fork._store.shared_bytes) == (4 * page, 3 * page)
+    step(packed, short, token)  # into a page of its own
+    assert (short.nbytes, short._store.shared_bytes) == (2 * page, page)
+    del fork, short
+    assert source._store.shared_bytes == 0
+
+
+def test_a_fork_of_what_is_gone_is_refused() -> None:
+    _, packed = make_layer()
+    first, second = make_inputs((200, 100))
+    limited = PagedKVCache(window=40)
+    later = PagedKVCache(**KINDS["4 bit later"])
+    for cache in (limited, later):
+        step(packed, cache, first)
+        step(packed, cache, second)
+    with pytest.raises(InvalidRequestError, match="cannot go back to position 50"):
+        limited.fork(50)
+    with pytest.raises(InvalidRequestError, match="packed from position 50 on"):
+        later.fork(30)
+    with pytest.raises(InvalidRequestError, match="first 301 positions; 300 are stored"):
+        later.fork(301)
+    assert later.fork(50).offset == 50
+    assert PagedKVCache().fork().offset == PagedKVCache().fork(0).offset == 0
+
+
+def test_rows_of_a_batch_are_forked_together() -> None:
+    _, packed = make_layer()
+    first, second = make_inputs((70, 2), batch=2)
+    source = PagedKVCache(dtype=mx.float32)
+    step(packed, source, first, (70, 33))
+    fork = source.fork()
+    assert fork.offsets == (70, 33)
+    assert np.array_equal(step(packed, source, second), step(packed, fork, second))
+    assert source.fork(20).offsets == (20, 20)

@@ -234,21 +234,42 @@ Floats32 attend_once(const KVStore& kv, const Floats32& q, int position) {
   return y;
 }
 
-void check_copies() {
+void check_forks() {
   for (const Form& form : forms()) {
     Bench bench(form, 0, 0);
     bench.append(0, 0, 100);
     const Floats32 q = random_row(form.dims);
     const Floats32 before = attend_once(bench.kv, q, 99);
-    const auto twin = bench.kv.copy();
-    expect(attend_once(*twin, q, 99) == before, "%s: a copy differs", name_of(form.format));
-    expect(twin->bytes() == bench.kv.bytes(), "%s: a copy has other sizes", name_of(form.format));
+    auto twin = bench.kv.fork({100, 0});
+    expect(attend_once(*twin, q, 99) == before, "%s: a fork differs", name_of(form.format));
+    expect(twin->bytes() == bench.kv.bytes() && twin->shared_bytes() == twin->bytes(), "%s: a fork shares all pages",
+           name_of(form.format));
     const Floats32 rows = random_row(form.dims * 10);
     twin->prepare(0, 90, 10);
     isa::append(*twin, 0, 1, 90, 10, rows.data(), rows.data(), form.dims);
-    expect(attend_once(bench.kv, q, 99) == before, "%s: writing a copy changed the original", name_of(form.format));
-    expect(attend_once(*twin, q, 99) != before, "%s: a copy cannot be written", name_of(form.format));
+    expect(attend_once(bench.kv, q, 99) == before, "%s: writing a fork changed the original", name_of(form.format));
+    expect(attend_once(*twin, q, 99) != before, "%s: a fork cannot be written", name_of(form.format));
+    expect(bench.kv.shared_bytes() * 2 == bench.kv.bytes(), "%s: one page of two is shared", name_of(form.format));
+    const auto shorter = bench.kv.fork({64, 0});
+    expect(shorter->bytes() * 2 == bench.kv.bytes(), "%s: a fork of a page has two", name_of(form.format));
+    twin.reset();
+    expect(attend_once(bench.kv, q, 99) == before, "%s: dropping a fork changed the original", name_of(form.format));
   }
+}
+
+// What a window drops while a fork still sees it stays there for the fork, and is not used anew.
+void check_forked_window() {
+  Bench bench({KVFormat::f32, 16, 0}, 30, 4);
+  bench.append(0, 0, 200);
+  const Floats32 q = random_row(16);
+  const auto twin = bench.kv.fork({200, 0});
+  const Floats32 before = attend_once(*twin, q, 199);
+  for (int start = 200; start < 900; start += 20) bench.append(0, start, 20);
+  expect(attend_once(*twin, q, 199) == before, "a page that a fork sees was written%s", "");
+  bench.attend(0, 0, 900, 5);
+  const size_t held = bench.kv.bytes();
+  for (int start = 900; start < 1600; start += 20) bench.append(0, start, 20);
+  expect(bench.kv.bytes() == held, "a forked store with a window grows: %zu bytes, then %zu", held, bench.kv.bytes());
 }
 
 void check_reading() {
@@ -345,7 +366,8 @@ int main(int argc, char** argv) {
     check_many_queries();
     check_large_scores();
     check_recycling();
-    check_copies();
+    check_forks();
+    check_forked_window();
     check_reading();
     check_saturation();
     check_sizes_refused();

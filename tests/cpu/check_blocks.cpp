@@ -1,5 +1,5 @@
-// The blocks over the pool: the same bits for any number of threads, for a row alone and in a batch, for a prompt at once and
-// in pieces; two callers at a time; a forked child. Built with the thread sanitizer, or with those of addresses and
+// The blocks over the pool: the same bits for any number of threads, for a row alone, in a batch and in a ragged step, for a
+// prompt at once and in pieces; two callers at a time, over pages that they share; a forked child. Built with the thread sanitizer, or with those of addresses and
 // undefined behaviour, by test_blocks.py. Whether the numbers are right is tests/ops' question.
 #include <sys/wait.h>
 #include <unistd.h>
@@ -10,8 +10,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
+#include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "blocks.h"
@@ -96,8 +99,12 @@ struct Model {
     return std::make_unique<KVStore>(batch, KV_HEADS, DIM, KVFormat::f16, 0, 90, 4);
   }
   std::vector<float> step(KVStore& kv, const Step& step, const std::vector<float>& x) const {
+    return this->step(Stores{&kv}, step, x);
+  }
+  std::vector<float> step(const Stores& stores, const Step& step, const std::vector<float>& x) const {
     std::vector<float> y(x.size()), z(x.size());
-    attention_block(attention, Precision::int8, kv, step, x.data(), y.data());
+    check_step(attention, stores, step);
+    attention_block(attention, Precision::int8, stores, step, x.data(), y.data());
     mlp_block(mlp, Precision::int8, y.data(), z.data(), step.num_rows());
     return z;
   }
@@ -138,6 +145,83 @@ void check_batch(const Model& model) {
     const auto z = model.step(*alone, Step{{0}, {lengths[row]}, lengths[row]}, {x.begin() + at, x.begin() + at + count});
     expect(same(y.data() + at, z.data(), count), "a row of a batch equals the row alone");
   }
+}
+
+std::vector<float> rows_of(const std::vector<float>& x, int begin, int count) {
+  return {x.begin() + begin * HIDDEN, x.begin() + (begin + count) * HIDDEN};
+}
+
+// Stores of three formats; a chunk lies across the end of a slice, and one behind it.
+void check_ragged(const Model& model) {
+  const std::vector<std::vector<int>> steps = {{200, 1, 130, 3}, {1, 9, 1, 1}, {1, 260, 1, 40}};
+  const KVFormat formats[] = {KVFormat::f16, KVFormat::int8, KVFormat::f32, KVFormat::int4};
+  std::vector<std::unique_ptr<KVStore>> together, alone;
+  Stores stores;
+  for (KVFormat format : formats) {
+    for (auto* kind : {&together, &alone})
+      kind->push_back(std::make_unique<KVStore>(1, KV_HEADS, DIM, format, 32, 90, 4));
+    stores.push_back(together.back().get());
+  }
+  std::vector<int> starts(4, 0);
+  for (const auto& lengths : steps) {
+    const int width = std::accumulate(lengths.begin(), lengths.end(), 0);
+    const auto x = numbers(static_cast<size_t>(width) * HIDDEN);
+    const auto y = model.step(stores, Step{starts, lengths, width, true}, x);
+    for (int b = 0, at = 0; b < 4; at += lengths[b++]) {
+      const auto z = model.step(*alone[b], Step{{starts[b]}, {lengths[b]}, lengths[b]}, rows_of(x, at, lengths[b]));
+      expect(same(y.data() + at * HIDDEN, z.data(), z.size()), "a sequence of a ragged step equals itself alone");
+      starts[b] += lengths[b];
+    }
+  }
+  const auto refuses = [&](const Stores& given, const Step& step) {
+    try {
+      check_step(model.attention, given, step);
+      return false;
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+  };
+  expect(refuses({stores[0], stores[0]}, Step{{0, 0}, {1, 1}, 2, true}), "one store for two sequences was taken");
+  expect(refuses(stores, Step{starts, {1, 1, 1, 1}, 5, true}), "a width that is not the sum was taken");
+  expect(refuses({stores[0]}, Step{{0, 0}, {1, 1}, 1}), "a store of one row was taken for two");
+}
+
+// Forks write, drop and are forked again, each by a thread of its own, over pages that all of them began with.
+void check_shared_pages(const Model& model) {
+  const auto prompt = numbers(150 * HIDDEN);
+  const std::vector<float> rests[] = {numbers(50 * HIDDEN), numbers(50 * HIDDEN), numbers(50 * HIDDEN)};
+  const auto base = model.make_store(1);
+  model.step(*base, Step{{0}, {150}, 150}, prompt);
+  const auto go_on = [&](KVStore& kv, int i) {
+    const auto y = model.step(kv, Step{{150}, {50}, 50}, rests[i]);
+    return std::pair{y, model.step(kv, Step{{200}, {1}, 1}, rows_of(rests[0], 7, 1))};  // sees what is stored by then
+  };
+  std::vector<std::pair<std::vector<float>, std::vector<float>>> wanted;
+  std::unique_ptr<KVStore> fresh;
+  for (int i = 0; i < 3; i++) {
+    fresh = model.make_store(1);
+    model.step(*fresh, Step{{0}, {150}, 150}, prompt);
+    wanted.push_back(go_on(*fresh, i));
+  }
+  const auto last = base->fork({150});
+  const auto first_half = model.step(*last, Step{{150}, {25}, 25}, rows_of(rests[1], 0, 25));
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; i++) {
+    threads.emplace_back([&, i, twin = std::shared_ptr<KVStore>(base->fork({150}))]() mutable {
+      const std::shared_ptr<KVStore> second = twin->fork({150});
+      if (go_on(*twin, i) != wanted[i]) std::abort();
+      twin.reset();
+      if (go_on(*second, (i + 1) % 3) != wanted[(i + 1) % 3]) std::abort();
+    });
+  }
+  expect(go_on(*base, 0) == wanted[0], "a store that was forked goes on as if it had not been");
+  const auto second_half = model.step(*last, Step{{175}, {25}, 25}, rows_of(rests[1], 25, 25));
+  expect(same(first_half.data(), wanted[1].first.data(), first_half.size()) &&
+             same(second_half.data(), wanted[1].first.data() + first_half.size(), second_half.size()),
+         "what others write between its steps does not reach a fork");
+  for (std::thread& thread : threads) thread.join();
+  expect(base->shared_bytes() * 2 == base->bytes(), "two of four pages are shared with the one fork that is left");
+  expect(base->bytes() == fresh->bytes(), "a store that was forked holds as many pages as another");
 }
 
 void check_two_callers(const Model& model) {
@@ -198,6 +282,8 @@ int main() {
   const Model model;
   check_threads(model);
   check_batch(model);
+  check_ragged(model);
+  check_shared_pages(model);
   check_two_callers(model);
   check_fork(model);
   check_small_ends(model);

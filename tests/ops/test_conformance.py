@@ -17,7 +17,7 @@ from mlx_edge import ops
 from mlx_edge.cache import KVCache, PagedKVCache, prepare_step
 from mlx_edge.errors import HardwareNotSupportedError
 from mlx_edge.models.packing import pack_weight
-from mlx_edge.ops.cases import TEST, AttentionCase, BlockCase, LinearCase, RowCase
+from mlx_edge.ops.cases import TEST, AttentionCase, BlockCase, LinearCase, RaggedCase, RowCase
 from mlx_edge.ops.reference import IMPLEMENTATIONS
 from mlx_edge.ops.select import BACKENDS
 from tests.ops import oracle
@@ -243,6 +243,28 @@ def test_attention_block(case: BlockCase, served: Served) -> None:
         found = ops.attention_block(x, weights, kv, rope, meta)
         wanted, past = oracle.attention_block(oracle.f64(x), weights, rope, past)
         assert_close(found, wanted, max(1e-5, tolerance_of(served, case.bits)))
+
+
+@pytest.mark.parametrize("case", TEST.ragged, ids=str)
+def test_ragged_attention_block(case: RaggedCase, served: Served) -> None:
+    layer = case.layer
+    weights = make_layer(layer, served)
+    rope = ops.Rope(10000.0 ** (mx.arange(0, layer.head_dim, 2) / layer.head_dim), layer.head_dim)
+    kvs = [
+        PagedKVCache(dtype=mx.float32) if served.backend == "cpu" else KVCache()
+        for _ in case.steps[0]
+    ]
+    pasts = [None] * len(kvs)
+    for lengths in case.steps:
+        x = normal(1, sum(lengths), layer.hidden)
+        prepare_step(kvs)
+        meta = ops.StepMeta.ragged([kv.offset for kv in kvs], lengths)
+        skip_refused("attention_block", served, x, weights, ops.RaggedKV(tuple(kvs)), rope, meta)
+        found = ops.attention_block(x, weights, ops.RaggedKV(tuple(kvs)), rope, meta)
+        for index, rows in enumerate(meta.rows):
+            alone = oracle.f64(x[:, rows])
+            wanted, pasts[index] = oracle.attention_block(alone, weights, rope, pasts[index])
+            assert_close(found[:, rows], wanted, max(1e-5, tolerance_of(served, layer.bits)))
 
 
 @pytest.mark.parametrize("case", TEST.block, ids=str)
