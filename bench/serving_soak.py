@@ -3,6 +3,7 @@
     python -m bench.serving_soak --json OUT                     # ten minutes with pocket
     python -m bench.serving_soak --minutes 1 --model FOLDER
 
+The server's prefix cache is small and full before the soak begins: filling it would look like a leak.
 First a calm part: the healthy clients and a flood of good requests, more than are run at once. Then hostile clients
 take the places of good ones that ask for as much. Ends with 1 when something that must hold does not; every such thing
 stands in `broken`. Knows nothing of speeds against others.
@@ -16,9 +17,10 @@ import random
 import statistics
 import sys
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +35,9 @@ from bench.soak_clients import HOSTILE, Target, Visit, ask, flood, linger
 
 HEALTHY, FLOOD, LINGER = 6, 18, 10  # clients; more than the 16 that run at once
 CALM = 0.15  # of the time
+PREFIX_BYTES = 2 << 20  # of the prefix cache
+FILLED = 0.8  # of it, before the soak begins
+MOST_FILLING = 200  # requests
 WARM = 0.15  # of the hostile part, after which memory has to be flat
 FLAT = 0.02
 HELD = 1.5  # P99 of the hostile part over that of the calm one
@@ -69,6 +74,18 @@ class Soak:
                 raise ServerFailed(f"a request alone failed: {outcome.error}")
             self.texts[prompt.text] = outcome.text
 
+    async def fill(self, read_bytes: Callable[[], int], wanted: int) -> None:
+        """Ask for other prompts until so many bytes of prefixes are kept."""
+        for number in range(MOST_FILLING):
+            if await asyncio.to_thread(read_bytes) >= wanted:
+                return
+            prompt = self.target.prompts[number % len(self.target.prompts)]
+            other = replace(prompt, text=f"{number} {prompt.text}", new_tokens=200)
+            await ask(self.target, other)
+        raise ServerFailed(
+            f"{MOST_FILLING} requests did not fill the prefix cache to {wanted} bytes"
+        )
+
     async def stay_healthy(self, chance: random.Random) -> None:
         """A client that asks, checks the answer, and asks again."""
         while not self.is_over:
@@ -102,10 +119,13 @@ class Soak:
             await asyncio.sleep(0.5)
 
 
-async def soak(server: Server, prompts: Sequence[Prompt], seconds: float) -> Soak:
-    """All of it."""
+async def soak(
+    server: Server, prompts: Sequence[Prompt], seconds: float, prefix_bytes: int
+) -> Soak:
+    """All of it, on a server that keeps at most so many bytes of prefixes."""
     run = Soak(Target(server.port, server.model, tuple(prompts)))
     await run.learn()
+    await run.fill(lambda: _prefix_bytes(server.port), int(FILLED * prefix_bytes))
     run.began = time.perf_counter()
     seeds = itertools.count()
 
@@ -132,6 +152,12 @@ async def soak(server: Server, prompts: Sequence[Prompt], seconds: float) -> Soa
     if last.error or last.text != run.texts[run.target.prompts[0].text]:
         run.wrong.append(f"after the soak: {last.error or 'another text'}")
     return run
+
+
+def _prefix_bytes(port: int) -> int:
+    """What the server keeps of prefixes."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=20) as answer:
+        return int(json.load(answer)["data"][0]["x_memory"]["prefix_bytes"])
 
 
 def judge(run: Soak, seconds: float, is_alive: bool) -> dict[str, Any]:
@@ -217,16 +243,20 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--model", type=Path, default=POCKET, help="a folder; pocket if not said")
+    parser.add_argument(
+        "--prompt-cache-bytes", type=int, default=PREFIX_BYTES, help="of the prefix cache; 0: none"
+    )
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     end_on_sigterm()
     prompts = make_prompts(args.model, Workload(24, 32), 12, seed=0)
     model = ServedModel(args.model.name, args.model, args.model, {})
     with TemporaryDirectory() as folder:
-        server = Server(our_spec(model), Path(folder), threads=2)
+        flag = ("--prompt-cache-bytes", str(args.prompt_cache_bytes))
+        server = Server(our_spec(model, *flag), Path(folder), threads=2)
         try:
             server.wait_ready()
-            run = asyncio.run(soak(server, prompts, args.minutes * 60))
+            run = asyncio.run(soak(server, prompts, args.minutes * 60, args.prompt_cache_bytes))
             result = judge(run, args.minutes * 60, server.is_alive())
         finally:
             server.stop()

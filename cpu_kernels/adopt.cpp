@@ -17,10 +17,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <deque>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -42,7 +45,7 @@ void require_call(bool succeeded, const char* call) {
   }
 }
 
-constexpr size_t LARGE = size_t{1} << 20;
+constexpr size_t LARGE = size_t{1} << 17;
 
 // Whether a buffer of the installed MLX is a size word and, right behind it, the data.
 bool has_size_word() {
@@ -75,6 +78,46 @@ class Reservation {
   size_t num_bytes_;
 };
 
+// A few pages that were given back, for outputs of the same size: each step has those of the step before, and fresh pages cost
+// more than many a small op.
+class SparePages {
+ public:
+  static constexpr size_t MOST_BYTES = size_t{1} << 22;
+
+  void* take(size_t num_bytes) {
+    const std::lock_guard lock(mutex_);
+    const auto found = std::find_if(kept_.begin(), kept_.end(), [&](const Pages& kept) { return kept.num_bytes == num_bytes; });
+    if (found == kept_.end()) return nullptr;
+    void* const start = found->start;
+    bytes_ -= num_bytes;
+    kept_.erase(found);
+    return start;
+  }
+  // The oldest make room.
+  void keep(void* start, size_t num_bytes) {
+    const std::lock_guard lock(mutex_);
+    kept_.push_back({start, num_bytes});
+    for (bytes_ += num_bytes; bytes_ > MOST_BYTES; kept_.pop_front()) {
+      bytes_ -= kept_.front().num_bytes;
+      munmap(kept_.front().start, kept_.front().num_bytes);
+    }
+  }
+
+ private:
+  struct Pages {
+    void* start;
+    size_t num_bytes;
+  };
+  std::mutex mutex_;
+  std::deque<Pages> kept_;
+  size_t bytes_ = 0;
+};
+
+SparePages& spare_pages() {
+  static SparePages* const pages = new SparePages;  // never destroyed: arrays may outlive whatever ends first
+  return *pages;
+}
+
 bool knows_layout() {
   static const bool is_known = has_size_word();
   return is_known;
@@ -85,11 +128,13 @@ bool knows_layout() {
 mx::allocator::Data allocate(size_t num_bytes) {
   if (num_bytes < LARGE || !knows_layout()) return mx::allocator::malloc(num_bytes);
   const size_t page = sysconf(_SC_PAGESIZE), reserved_bytes = page + num_bytes;
-  void* start = mmap(nullptr, reserved_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* start = spare_pages().take(reserved_bytes);
+  if (!start) start = mmap(nullptr, reserved_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) return mx::allocator::malloc(num_bytes);
   std::byte* const word = static_cast<std::byte*>(start) + page - sizeof(size_t);
   std::memcpy(word, &num_bytes, sizeof(num_bytes));
-  return {mx::allocator::Buffer(word), [start, reserved_bytes](mx::allocator::Buffer) { munmap(start, reserved_bytes); }};
+  return {mx::allocator::Buffer(word),
+          [start, reserved_bytes](mx::allocator::Buffer) { spare_pages().keep(start, reserved_bytes); }};
 }
 
 mx::array adopt_pages(int descriptor, int64_t begin, int64_t num_bytes) {

@@ -10,7 +10,10 @@
 
 #include <malloc.h>
 
+#include <algorithm>
 #include <functional>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -39,20 +42,56 @@ using namespace mlx_edge;
 using Pointers = std::vector<char*>;
 using Work = std::function<void(const Pointers& in, const Pointers& out)>;
 
-// One op of ours in MLX's graph. Inputs are made contiguous, the outputs are new.
+// An error that MLX throws to whoever waits for a result begins with one of these.
+constexpr const char* FAILURE = "mlx_edge's CPU kernels failed";
+constexpr const char* OUT_OF_MEMORY = "mlx_edge's CPU kernels found no memory";
+
+// What outputs are filled with that could not be computed: a float that is no number, and a token that no vocabulary has.
+constexpr int32_t NEVER_COMPUTED = 0x7fced6e0;
+
+struct Memory {
+  int32_t* data;
+  size_t num_words;
+};
+using Memories = std::vector<Memory>;
+
+// Runs the work of an op on the stream's thread. MLX catches what is thrown there, throws it to who waits, and goes on with
+// the ops behind: they must not take for keys and values, or for tokens, what was never written.
+void run_guarded(const char* name, const Work& work, const Memories& in, const Memories& out) {
+  const auto fail = [&](const std::string& why) {
+    for (const Memory& output : out) std::fill_n(output.data, output.num_words, NEVER_COMPUTED);
+    throw std::runtime_error(why);
+  };
+  const auto pointers = [](const Memories& memories) {
+    Pointers found;
+    for (const Memory& memory : memories) found.push_back(reinterpret_cast<char*>(memory.data));
+    return found;
+  };
+  try {
+    for (const Memory& input : in)
+      if (input.num_words && *input.data == NEVER_COMPUTED) throw std::runtime_error("the op before it had failed");
+    work(pointers(in), pointers(out));
+  } catch (const std::bad_alloc&) {
+    fail(std::string(OUT_OF_MEMORY) + " for " + name);
+  } catch (const std::exception& error) {
+    fail(std::string(FAILURE) + " in " + name + ": " + error.what());
+  }
+}
+
+// One op of ours in MLX's graph, of elements of 32 bits. Inputs are made contiguous, the outputs are new.
 class EdgeOp : public mx::Primitive {
  public:
-  EdgeOp(mx::Stream stream, const char* name, Work work) : Primitive(stream), name_(name), work_(std::move(work)) {}
+  EdgeOp(mx::Stream stream, const char* name, Work work) : Primitive(stream), name_(name), work_(std::make_shared<const Work>(std::move(work))) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Pointers in, out;
-    for (const mx::array& input : inputs) in.push_back(const_cast<char*>(input.data<char>()));
+    Memories in, out;
+    for (const mx::array& input : inputs) in.push_back({const_cast<int32_t*>(input.data<int32_t>()), input.size()});
     for (mx::array& output : outputs) {
       output.set_data(allocate(output.nbytes()));
-      out.push_back(output.data<char>());
+      out.push_back({output.data<int32_t>(), output.size()});
     }
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [work = work_, in = std::move(in), out = std::move(out)] { work(in, out); });
+        [name = name_, work = work_, in = std::move(in), out = std::move(out)] { run_guarded(name, *work, in, out); });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::runtime_error(std::string(name_) + " of mlx_edge's CPU kernels has no GPU version");
@@ -70,7 +109,7 @@ class EdgeOp : public mx::Primitive {
 
  private:
   const char* name_;
-  Work work_;
+  std::shared_ptr<const Work> work_;  // it holds a list of stores: not to be copied for each run
 };
 
 std::vector<mx::array> make_op(const char* name, std::vector<mx::array> inputs, std::vector<mx::Shape> shapes,
@@ -255,5 +294,9 @@ NB_MODULE(_cpu, m) {
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("num_threads", [] { return Pool::of_process().num_threads(); });
   m.def("set_threads", &set_threads, "num_threads"_a);
+  m.def("set_page_limit", &set_page_limit, "num_bytes"_a.none());
+  m.def("page_bytes", &held_page_bytes);
+  m.attr("FAILURE") = FAILURE;
+  m.attr("OUT_OF_MEMORY") = OUT_OF_MEMORY;
   m.attr("mlx_version") = MLX_VERSION_NUMERIC;
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -41,14 +42,34 @@ void check_sizes(int batch, int num_heads, int head_dim, KVFormat format, int gr
                                 "; expected groups of 32, 64 or 128 that divide the head");
 }
 
+// Of the process.
+std::atomic<size_t> page_limit{std::numeric_limits<size_t>::max()};
+std::atomic<size_t> page_bytes_held{0};
+
 }  // namespace
 
-Page::Page(size_t num_bytes)
-    : head_(new (::operator new(sizeof(Head) + num_bytes, std::align_val_t{alignof(Head)})) Head) {}
+void set_page_limit(std::optional<size_t> num_bytes) {
+  page_limit = num_bytes.value_or(std::numeric_limits<size_t>::max());
+}
+
+size_t held_page_bytes() { return page_bytes_held; }
+
+Page::Page(size_t num_bytes) {
+  const size_t others = page_bytes_held.fetch_add(num_bytes);
+  try {
+    if (others + num_bytes > page_limit) throw std::bad_alloc();
+    head_ = new (::operator new(sizeof(Head) + num_bytes, std::align_val_t{alignof(Head)})) Head;
+  } catch (...) {
+    page_bytes_held -= num_bytes;
+    throw;
+  }
+  head_->num_bytes = num_bytes;
+}
 
 Page::~Page() {
-  if (head_ && head_->holders.fetch_sub(1, std::memory_order_acq_rel) == 1)
-    ::operator delete(head_, std::align_val_t{alignof(Head)});
+  if (!head_ || head_->holders.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  page_bytes_held -= head_->num_bytes;
+  ::operator delete(head_, std::align_val_t{alignof(Head)});
 }
 
 KVStore::KVStore(int batch, int num_heads, int head_dim, KVFormat format, int group_size, int window, int keep)

@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -36,7 +37,7 @@ enum class KVFormat : int { f32 = 0, f16 = 1, int8 = 2, int4 = 3 };
 class Page {
  public:
   Page() = default;
-  explicit Page(size_t num_bytes);
+  explicit Page(size_t num_bytes);  // throws std::bad_alloc, also where it would go beyond the limit on all pages
   Page(const Page& other) : head_(other.head_) {
     if (head_) head_->holders.fetch_add(1, std::memory_order_relaxed);
   }
@@ -55,9 +56,14 @@ class Page {
  private:
   struct alignas(64) Head {
     std::atomic<int> holders{1};
+    size_t num_bytes = 0;
   };
   Head* head_ = nullptr;
 };
+
+// The most bytes of pages in this process, none for no limit; and how many there are.
+void set_page_limit(std::optional<size_t> num_bytes);
+size_t held_page_bytes();
 
 class KVStore {
  public:

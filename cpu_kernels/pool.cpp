@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 namespace mlx_edge {
 namespace {
@@ -91,11 +92,17 @@ void Pool::share_out(int total, int piece, Call call, void* self) {
       std::this_thread::yield();  // a worker lost its core: let it have this one
     }
   }
+  if (has_failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Pool::claim() {
-  for (int begin; (begin = next_.fetch_add(piece_, std::memory_order_relaxed)) < total_;)
-    call_(self_, begin, std::min(begin + piece_, total_));
+  try {
+    for (int begin; (begin = next_.fetch_add(piece_, std::memory_order_relaxed)) < total_;)
+      call_(self_, begin, std::min(begin + piece_, total_));
+  } catch (...) {
+    next_.store(total_, std::memory_order_relaxed);
+    if (!has_failed_.exchange(true)) error_ = std::current_exception();
+  }
 }
 
 void Pool::wait_for_work() {

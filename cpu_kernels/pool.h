@@ -5,6 +5,7 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -27,6 +28,7 @@ class Pool {
   std::mutex& turn() { return turn_; }
 
   // Calls work(begin, end) for pieces that cover [0, total), `piece` long but for the last; returns when all are done.
+  // Throws what a piece threw, once nobody works any more; others may then never have begun.
   template <class Work>
   void run(int total, int piece, Work&& work) {
     if (total <= 0) return;
@@ -49,6 +51,8 @@ class Pool {
   std::atomic<int> next_{0};        // first index nobody has claimed
   std::atomic<int> unfinished_{0};  // workers that still look at the region
   std::atomic<unsigned> region_{0};
+  std::atomic<bool> has_failed_{false};
+  std::exception_ptr error_;  // of the piece that failed first
   std::atomic<bool> is_over_{false};
 };
 

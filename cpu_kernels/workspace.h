@@ -17,6 +17,7 @@ class Scratch {
   T* take(size_t count) {
     if (count > capacity_) {
       const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+      capacity_ = 0;  // of nothing, should the memory not be there
       memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
       if (!memory_) throw std::bad_alloc();
       capacity_ = count;

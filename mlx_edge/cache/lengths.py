@@ -46,8 +46,15 @@ class CacheLengths:
     @property
     def num_trimmable(self) -> int:
         """How many positions the next step may bring that `trim` could make as if they had never come."""
-        until_packed = self._float_until - self.offset
-        return min(TAIL, until_packed) if until_packed > 0 and self._gets_packed else TAIL
+        return min(TAIL, self.num_until_packed or TAIL)
+
+    @property
+    def num_until_packed(self) -> int:
+        """How many positions are still to be stored before the rows are packed; 0 where there is no such moment ahead.
+
+        A chunk of a prompt ends there, or else what is computed would depend on where the prompt was cut.
+        """
+        return max(0, self._float_until - self.offset) if self._gets_packed else 0
 
     @property
     def _gets_packed(self) -> bool:

@@ -8,7 +8,6 @@ a float32 checkpoint, or packed; a state that is saved has the shape of `KVCache
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from operator import add
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -84,14 +83,19 @@ class PagedKVCache(CacheLengths):
 
         Raises: InvalidRequestError when the positions do not follow those stored.
         """
-        starts = self._starts_of(meta)
-        if self._store is None:
-            self._sizes = (num_heads, head_dim)
-            self._offsets = starts
-            self._store = self._make_store()
-        self._convert()
-        self._offsets = tuple(map(add, starts, meta.lengths))
-        self._latest = tuple(map(max, starts, self._latest or starts))
+        # Asked of each layer of each sequence in each step: nothing is made that is there already.
+        starts = meta.starts
+        if starts != self._offsets or self._store is None:
+            self._starts_of(meta)
+            if self._store is None:
+                self._sizes = (num_heads, head_dim)
+                self._offsets = starts
+                self._store = self._make_store()
+        if self.row_format is not self._wanted_format:
+            self._convert()
+        self._offsets = meta.ends
+        latest = self._latest or starts
+        self._latest = max(starts, latest) if len(starts) == 1 else tuple(map(max, starts, latest))
         return self._store
 
     def extend(self, keys: mx.array, values: mx.array, meta: StepMeta) -> Sequence[Segment]:
@@ -185,9 +189,12 @@ class PagedKVCache(CacheLengths):
         return cache
 
     def _settle(self) -> None:
-        """Wait until all steps so far have been stored."""
-        if self.ticket is not None:
-            mx.eval(self.ticket)
+        """Wait until all steps so far have been stored.
+
+        Raises: RuntimeError when one has failed; the cache is then of no more use.
+        """
+        if self.ticket is not None and self.ticket.item():
+            raise RuntimeError(f"{extension().FAILURE}: a step on this cache had failed")
 
     def _make_store(self) -> Any:
         ext = extension()

@@ -11,7 +11,9 @@ batched engine: the same greedy tokens.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -30,6 +32,7 @@ if TYPE_CHECKING:  # slow to import
 
 PREFILL_STEP_SIZE = 2048
 Step = tuple[mx.array, mx.array]  # token (1,), log-probabilities (V,)
+STEPS_IN_FLIGHT = 2  # at most, when one fails
 RESERVED = 8192  # positions: beyond the prompt, a cache is not allocated further ahead than this
 
 
@@ -115,6 +118,24 @@ def _run_constrained(
             return
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around an evaluation: what the kernels throw there comes as an error of ours, once nothing runs any more.
+
+    Raises: MemoryBudgetError where they found no memory. The caches of the step that failed are of no more use.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ops.is_failure(error):
+            raise
+        for _ in range(STEPS_IN_FLIGHT):
+            with suppress(RuntimeError):  # a step in flight that needed this one fails like it
+                mx.synchronize()
+        clear_frames(error.__traceback__)  # whoever keeps the error must not keep the caches
+        raise ops.explain(error) from error
+
+
 @dataclass
 class Choice:
     """From logits to a token: processors, constraint, sampler; the tokens so far are kept for processors alone."""
@@ -145,6 +166,7 @@ class Choice:
             self.seen = mx.concatenate([self.seen, token.astype(self.seen.dtype)])
         return token, row
 
+    @explained()
     def start(self, *results: mx.array) -> None:
         """Let MLX compute these, and all that the next step will find: the tokens so far and the cache."""
         kept = [array for layer in self.cache for array in layer.arrays]
@@ -153,13 +175,25 @@ class Choice:
         self.in_flight = results[0]
 
     def finish(self) -> None:
-        """Wait until nothing runs any more; in whichever thread, as all of it has been started."""
-        if self.in_flight is not None:
+        """Wait until nothing runs any more; in whichever thread, as all of it has been started.
+
+        Nobody has asked for the token of a step that is still in flight: where it fails, whoever goes on is told.
+        """
+        if self.in_flight is None:
+            return
+        try:
             mx.eval(self.in_flight)
+        except RuntimeError as error:
+            if not ops.is_failure(error):
+                raise
 
 
+@explained()
 def value_of(token: mx.array) -> int:
-    """The number of a token (1,), once it is computed."""
+    """The number of a token (1,), once it is computed.
+
+    Raises: MemoryBudgetError when its step found no memory.
+    """
     value = token.item()
     assert isinstance(value, int)
     return value
@@ -186,16 +220,27 @@ def prefill(
     progress: Callable[[int, int], None] | None,
 ) -> mx.array:
     """Store a long prompt in chunks, all but the last of them; return that one, whose last logits are wanted."""
-    begins = range(0, prompt.size, step_size)
-    for begin in begins:
+    begin = 0
+    while True:
         if progress is not None:
             progress(begin, prompt.size)
-        if begin == begins[-1]:
-            break
-        model(prompt[None, begin : begin + step_size], cache, logits_to_keep=1)
+        end = begin + longest_chunk(cache, step_size)
+        if end >= prompt.size:
+            return prompt[begin:]
+        model(prompt[None, begin:end], cache, logits_to_keep=1)
         # Only what was stored is evaluated: no logits are computed before they are wanted.
-        mx.eval([array for layer in cache for array in layer.arrays])
-    return prompt[begins[-1] :]
+        with explained():
+            mx.eval([array for layer in cache for array in layer.arrays])
+        begin = end
+
+
+def longest_chunk(cache: Sequence[LayerCache], step_size: int) -> int:
+    """How many of the next `step_size` tokens a step may bring: none that come after the rows are packed.
+
+    So the same is computed wherever a prompt is cut: in chunks of another size, or behind a stored prefix.
+    """
+    ahead = (layer.num_until_packed for layer in cache)
+    return min([step_size, *(count for count in ahead if count)])
 
 
 def allowed_tokens(

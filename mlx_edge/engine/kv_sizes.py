@@ -74,8 +74,7 @@ class PagedSizes:
         packed = self._pages(positions, step_rows) * _page(self.rows)
         if not self.float_until:
             return packed
-        converted = min(positions, self.float_until + step_rows)
-        pages = self._pages(converted, step_rows)
+        pages = self._pages(self.float_until, step_rows)  # where a chunk ends
         return max(packed, pages * (_page(self.rows) + _page(self.rows.floats)))
 
     def _pages(self, positions: int, step_rows: int) -> int:

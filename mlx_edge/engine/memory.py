@@ -24,7 +24,7 @@ from mlx_edge.weights import Checkpoint
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
 
 # An output of the CPU kernels from here on goes back to the system when it is dropped: LARGE of cpu_kernels/adopt.cpp.
-LARGE = 1 << 20
+LARGE = 1 << 17
 LIVE_OUTPUTS = 3  # of the large: a block's input, its output, and one that was not yet given back
 # Of freed outputs that MLX keeps once `limit_mlx_cache` has run; its own limit is 32 MiB.
 MLX_CACHE_BYTES = 1 << 18

@@ -100,7 +100,10 @@ class PrefixCache(Generic[Cache]):
         )
 
     def lookup(self, tokens: Sequence[int], kind: Hashable) -> Found[Cache]:
-        """The longest beginning of `tokens` that is stored, but for their last token."""
+        """The longest beginning of `tokens` that is stored, but for their last token.
+
+        What is on the disk alone is read now, by the thread that calls (`PrefixDisk.load`).
+        """
         search: Search[Cache] = Search(pack_tokens(tokens), kind, len(tokens) - 1)
         if search.limit >= MIN_TOKENS:
             self._search_memory(search)
@@ -316,9 +319,8 @@ def _can_serve(entry: _Entry[Cache], length: int) -> bool:
     """Whether whatever an entry of the first `length` tokens serves for, this longer one does too."""
     if any(cache.window is not None for cache in entry.caches):
         return False
-    try:
-        for cache in entry.caches:
-            cache.fork(length)
+    try:  # without windows the layers are alike
+        entry.caches[0].fork(length)
     except InvalidRequestError:
         return False
     return True

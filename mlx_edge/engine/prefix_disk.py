@@ -149,7 +149,11 @@ class PrefixDisk:
                 yield common, stored
 
     def load(self, stored: Stored) -> list[AnyKVCache] | None:
-        """The evaluated caches of an entry, or None when its file is gone, broken or not to be read."""
+        """The evaluated caches of an entry, or None when its file is gone, broken or not to be read.
+
+        Reads, checks and unpacks the whole file in this thread: the sequences that run wait for it, a few milliseconds
+        for a small model, up to a second for a long prompt of a model with a billion parameters.
+        """
         place = stored.place
         try:
             head, planes = read_planes(self.folder / place.name)

@@ -5,7 +5,7 @@ one are its neighbours in a sorted list. Knows no caches and no files.
 """
 
 import hashlib
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -66,8 +66,7 @@ class PrefixIndex(Generic[Entry]):
     def matches(self, tokens: bytes) -> Iterator[tuple[int, list[Entry]]]:
         """How many first tokens are in common, and the entries of which that is so, the shortest first.
 
-        Begins with those that have most in common. A search that stops after the first compares about as many
-        texts as that one has.
+        Begins with those that have most in common. Of entries with nothing in common only the nearest are told.
         """
         middle = bisect_left(self._texts, tokens)
         before = self._walk(tokens, range(middle - 1, -1, -1))
@@ -86,14 +85,21 @@ class PrefixIndex(Generic[Entry]):
 
     def prefixes_of(self, tokens: bytes) -> list[Entry]:
         """The entries with which `tokens` begin, one of the same tokens too."""
-        texts = (text for text in self._texts if tokens.startswith(text))
-        return [self._entries[text] for text in texts]
+        places = range(bisect_right(self._texts, tokens) - 1, -1, -1)
+        near = [text for _, text in self._walk(tokens, places) if tokens.startswith(text)]
+        return [self._entries[text] for text in reversed(near)]
 
     def _walk(self, tokens: bytes, places: range) -> Iterator[tuple[int, bytes]]:
-        """What is in common never grows on the way."""
+        """The texts there, until one has nothing in common. What is in common never grows on the way."""
+        common, shared = len(tokens) // TOKEN_BYTES, tokens
         for place in places:
             text = self._texts[place]
-            yield count_common(tokens, text), text
+            if not text.startswith(shared):
+                common = count_common(tokens, text)
+                shared = tokens[: common * TOKEN_BYTES]
+            yield common, text
+            if not common:
+                return
 
 
 class LostPrefixes:

@@ -44,12 +44,18 @@ class Job:
     client: str = ""
     deadline: float = math.inf
     can_draft: bool = False
+    until_cut: int = 0  # tokens after which a chunk has to end; 0 for no such place ahead
     generates: bool = field(default=False, init=False)  # has chosen a token
 
     @property
     def is_decoding(self) -> bool:
         """Whether its next step is a single row."""
         return self.generates and self.pending == 1
+
+    @property
+    def longest_chunk(self) -> int:
+        """The most tokens that its next step may read."""
+        return min(self.pending, self.until_cut or self.pending)
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,11 @@ class Scheduler:
             self._awaited, self._peak = self._peak, 0
             has_company = self._awaited > 1
             self._start_at = now + self._config.batch_timeout_ms / 1000 * has_company
-        self._waiting[job.key] = job
         rank = job.submitted / self._config.ageing_s - job.priority
         if job.client not in self._queues:
             self._join(job.client)
         insort(self._queues[job.client], (rank, job.key, job))
+        self._waiting[job.key] = job
         if job.deadline < math.inf:
             heapq.heappush(self._deadlines, (job.deadline, job.key))
         self._peak = max(self._peak, len(self._waiting) + len(self._running))
@@ -191,7 +197,7 @@ class Scheduler:
         """The next step: a row of each job that generates, chunks of the prompts, drafts where rows are left."""
         if self._suspects:
             suspect = next(iter(self._suspects.values()))
-            return Plan((Part(suspect, min(suspect.pending, self._config.prefill_chunk)),))
+            return Plan((Part(suspect, min(suspect.longest_chunk, self._config.prefill_chunk)),))
         decoding = [job for job in self._running.values() if job.is_decoding]
         parts = []
         if len(decoding) < len(self._running):
@@ -208,6 +214,7 @@ class Scheduler:
         """A part was computed, and `num_new` tokens were chosen after it."""
         job = part.job
         job.pending -= part.num_tokens
+        job.until_cut = max(0, job.until_cut - part.num_tokens)
         if num_new:
             job.generates = True
             job.pending += 1
@@ -215,14 +222,12 @@ class Scheduler:
                 self._served[job.client] += num_new
             self._suspects.pop(job.key, None)
 
-    def distrust(self, jobs: Iterable[tuple[Job, int]]) -> None:
+    def distrust(self, jobs: Iterable[Job]) -> None:
         """A step of these failed: each is run alone, from its first token, until it has passed.
 
-        Beside each job stand the tokens that it has to read anew.
+        What is pending of each is all that it has to read anew.
         """
-        for job, pending in jobs:
-            job.pending = pending
-            self._suspects[job.key] = job
+        self._suspects |= {job.key: job for job in jobs}
 
     @property
     def is_isolating(self) -> bool:
@@ -238,7 +243,7 @@ class Scheduler:
         reading.sort(key=lambda job: job.submitted / self._config.ageing_s - job.priority)
         parts = []
         for job in reading:
-            count = min(job.pending, share, left)
+            count = min(job.longest_chunk, share, left)
             if count < 1:
                 break
             left -= count

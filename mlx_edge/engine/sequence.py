@@ -116,8 +116,8 @@ class Sequence:
         """The grammar, once it holds."""
         return self._grammar if self._is_held else None
 
-    def forget(self, vocab_size: int) -> int:
-        """Be as before the step that failed, without a cache: all tokens are to be read anew; how many.
+    def forget(self, vocab_size: int) -> None:
+        """Be as before the step that failed, without a cache: all tokens are to be read anew.
 
         The random numbers stand where they stood when the newest token had been chosen.
         """
@@ -127,7 +127,6 @@ class Sequence:
             blank = mx.zeros((1, vocab_size))
             for _ in range(self.num_generated):
                 self.choice.sampler(blank)  # draws its keys; the token is never computed
-        return self.pending
 
     def take(self, token: int, row: mx.array | None) -> bool:
         """The next token is chosen; whether the text ends with it. `row` are its log-probabilities (V,)."""

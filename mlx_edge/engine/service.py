@@ -13,8 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_edge.decoding.loop import longest_chunk
 from mlx_edge.engine.delivery import Sink, completion_of
 from mlx_edge.engine.intake import Prepared
+from mlx_edge.engine.prefix_index import MIN_TOKENS
 from mlx_edge.engine.recorder import Recorder
 from mlx_edge.engine.request import FinishReason, Piece, Request, Usage
 from mlx_edge.engine.scheduler import Job, Part, Plan, Scheduler
@@ -128,7 +130,7 @@ class Service:
             return
         sequence.queued_s = now - task.submitted
         task.sequence = sequence
-        job.pending = sequence.pending
+        _count_pending(job, sequence)
         job.can_draft = sequence.proposer is not None
         self._recorder.begun(sequence.num_prompt, sequence.cached_tokens)
 
@@ -190,6 +192,8 @@ class Service:
         served = self.served
         if served.prefixes is None or not sequence.request.use_prefix_cache:
             return
+        if sequence.num_stored < MIN_TOKENS:
+            return
         try:
             stored = sequence.context[: sequence.num_stored]
             served.prefixes.store(stored, sequence.caches, served.kind)
@@ -211,8 +215,10 @@ class Service:
         for part in plan.parts:
             sequence = self._tasks[part.job.key].sequence
             assert sequence is not None
-            suspects.append((part.job, sequence.forget(vocab_size)))
+            sequence.forget(vocab_size)
             sequence.caches = self.served.make_caches()
+            _count_pending(part.job, sequence)
+            suspects.append(part.job)
         self.scheduler.distrust(suspects)
 
     # How a task ends: exactly once, by one of these.
@@ -250,16 +256,29 @@ class Service:
         tell(task.sink.fail, error)
 
     def fail_all(self, error: Exception) -> None:
-        """End all tasks."""
+        """End all tasks, in whatever state they are, and begin anew."""
         for task in list(self._tasks.values()):
-            self._fail(task, error)
+            try:
+                self._fail(task, error)
+            except Exception:
+                logger.exception("a request could not be ended in good order")
+                tell(task.sink.fail, error)
+                with contextlib.suppress(Exception):
+                    self.served.ledger.release(task.key)
+        self.scheduler = Scheduler(self.config, self.served.ledger)
 
     def _release(self, task: Task) -> None:
         del self._tasks[task.key]
-        self.scheduler.remove(task.key)
         self._on_end()
+        self.scheduler.remove(task.key)
         if task.sequence is not None:
             task.sequence.finish()
+
+
+def _count_pending(job: Job, sequence: Sequence) -> None:
+    """What a sequence has to read, behind what its caches hold."""
+    job.pending = sequence.pending
+    job.until_cut = longest_chunk(sequence.caches, sequence.pending)
 
 
 def tell(listener: Callable[[Any], None], news: object) -> None:

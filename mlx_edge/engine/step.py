@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edge import ops
-from mlx_edge.decoding.loop import value_of
+from mlx_edge.decoding.loop import explained, value_of
 from mlx_edge.engine.sequence import Sequence
 from mlx_edge.models.interface import LanguageModel, run_sequences
 
@@ -36,6 +36,7 @@ class Turn:
         self.num_kept = 1 + len(self.drafts) if is_last else 0
 
 
+@explained()
 def run_step(model: LanguageModel[Any], turns: List[Turn]) -> None:
     """Read what the turns bring, and choose the tokens that follow.
 
@@ -157,6 +158,8 @@ def _guard(turn: Turn, work: Any) -> None:
     except MemoryError:
         raise
     except Exception as error:
+        if ops.is_failure(error):  # of the step
+            raise
         turn.error = error
 
 

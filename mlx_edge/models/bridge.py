@@ -75,6 +75,11 @@ class BridgedCache:
         max_size = getattr(self.inner, "max_size", None)
         return MAX_CONTEXT if max_size is None else max(0, max_size - self.offset - 1)
 
+    @property
+    def num_until_packed(self) -> int:
+        """0: mlx-lm's caches are not quantized here."""
+        return 0
+
     def reserve(self, capacity: int) -> None:
         """Nothing: mlx-lm's caches grow by themselves."""
 

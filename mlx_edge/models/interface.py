@@ -28,6 +28,10 @@ class LayerCache(Protocol):
     def num_trimmable(self) -> int:
         """How many positions the next step may bring that `trim` could take back; 0 where it cannot."""
 
+    @property
+    def num_until_packed(self) -> int:
+        """How many positions are still to be stored before rows are packed; 0 where there is no such moment ahead."""
+
     def reserve(self, capacity: int) -> None:
         """Room for `capacity` positions will be needed."""
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
+from mlx_edge.ops.cpu import explain, is_failure
 from mlx_edge.ops.reference import watch_inputs
 from mlx_edge.ops.select import (
     choose,
@@ -68,8 +69,10 @@ __all__ = [
     "attention_block",
     "choose",
     "embed",
+    "explain",
     "glu",
     "head",
+    "is_failure",
     "linear",
     "log_softmax",
     "mlp_block",

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_edge.errors import MemoryBudgetError
 from mlx_edge.ops.types import (
     Activation,
     AttentionWeights,
@@ -108,6 +109,26 @@ def pass_cost(num_rows: int) -> float:
         if num_rows <= more_rows:
             return cost + (more_cost - cost) * (num_rows - rows) / (more_rows - rows)
     return points[-1][1]
+
+
+def explain(error: Exception) -> Exception:
+    """What stands for an error of the kernels: MemoryBudgetError where they found no memory, any other as it is.
+
+    MLX throws what they threw as a RuntimeError, to whoever waits for a result of the step.
+    """
+    found = find_extension()
+    if isinstance(found, str) or not str(error).startswith(found.OUT_OF_MEMORY):
+        return error
+    return MemoryBudgetError(
+        f"{error}; run fewer requests at once, shorter ones, or a smaller model"
+    )
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether a step failed in the kernels, and with it every sequence of the step."""
+    found = find_extension()
+    marks = () if isinstance(found, str) else (found.FAILURE, found.OUT_OF_MEMORY)
+    return str(error).startswith(marks)
 
 
 def trim_memory() -> None:
@@ -236,14 +257,17 @@ def attention_block(
     """As `ops.attention_block`, over stores that are appended to in place."""
     layer = _records.get(weights, _attention_layer, rope)
     handles: Sequence[Any] = kv.handles if isinstance(kv, RaggedKV) else (kv,)
-    sizes = (weights.num_kv_heads, weights.head_dim)
+    heads, dim = weights.num_kv_heads, weights.head_dim
     metas = meta.alone if meta.is_ragged else (meta,)
-    stores = [handle.begin(*sizes, own) for handle, own in zip(handles, metas, strict=True)]
-    # Sequences that were in a step together have one ticket.
-    tickets = {id(h.ticket): h.ticket for h in handles if h.ticket is not None}
+    stores = [handle.begin(heads, dim, own) for handle, own in zip(handles, metas, strict=True)]
+    tickets: list[mx.array] = []
+    for handle in handles:
+        # Sequences that were in a step together have one ticket, and mostly stand together.
+        if handle.ticket is not None and not (tickets and handle.ticket is tickets[-1]):
+            tickets.append(handle.ticket)
     y: mx.array
     y, ticket = extension().attention_block(
-        x, layer, stores, list(tickets.values()), make_step(meta), _precision(weights.q)
+        x, layer, stores, tickets, make_step(meta), _precision(weights.q)
     )
     for handle in handles:
         handle.ticket = ticket
@@ -284,12 +308,17 @@ def argmax(x: mx.array) -> mx.array:
     return y
 
 
+@cache
+def _is_paged(kind: type) -> bool:
+    return hasattr(kind, "begin")
+
+
 def refuse_attention_block(
     x: mx.array, weights: AttentionWeights, kv: KVHandle | RaggedKV, *_others: Any
 ) -> str | None:
     """Why the kernels cannot run this layer, or None."""
     handles = kv.handles if isinstance(kv, RaggedKV) else (kv,)
-    if not all(hasattr(handle, "begin") for handle in handles):
+    if not all(_is_paged(kind) for kind in set(map(type, handles))):
         return "the cache is not one that it appends to in place"
     return _refuse(x, weights.q, weights.k, weights.v, weights.o)
 

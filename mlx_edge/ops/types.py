@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from operator import add
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -159,6 +160,11 @@ class StepMeta:
     def ragged(starts: Sequence[int], lengths: Sequence[int]) -> "StepMeta":
         """Sequence b brings `lengths[b]` tokens from position `starts[b]`, behind those of the sequence before it."""
         return StepMeta(tuple(starts), tuple(lengths), sum(lengths), is_ragged=True)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where the tokens of each sequence end: the positions stored after the step."""
+        return tuple(map(add, self.starts, self.lengths))
 
     @cached_property
     def alone(self) -> tuple["StepMeta", ...]:

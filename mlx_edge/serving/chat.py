@@ -19,7 +19,6 @@ from mlx_edge.serving.models import Served
 from mlx_edge.serving.settings import Settings
 from mlx_edge.serving.structured import make_grammar
 from mlx_edge.serving.wire import ChatRequest, dump
-from mlx_edge.text.reasoning import read_template
 from mlx_edge.text.tool_calls import (
     ArgumentText,
     CallBegun,
@@ -76,7 +75,7 @@ class ChatAnswer(Answer):
                 tokenizer,
                 prompt=prompt,
                 tools=[] if choice == "none" else tools,
-                is_bound=plan.grammar is not None,
+                is_bound=plan.is_bound,
             )
             for _ in self.requests
         ]
@@ -173,7 +172,8 @@ class ChatAnswer(Answer):
                 "chat_template_kwargs",
             )
         if body.reasoning_effort is not None:
-            if EFFORT in (served.chat_template or read_template(tokenizer) or ""):
+            template = tokenizer.read_chat_template(served.chat_template, with_tools=bool(tools))
+            if EFFORT in (template or ""):
                 variables[EFFORT] = body.reasoning_effort
             else:
                 self.ignored.add(EFFORT)

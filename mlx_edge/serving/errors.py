@@ -32,7 +32,8 @@ CODES: Mapping[int, str] = {
     431: "too_large",
 }
 WORDS: Mapping[int, str] = {
-    404: "there is nothing at this address; the API is at /v1/chat/completions, /v1/completions and /v1/models",
+    404: "there is nothing at this address; the API is at /v1/chat/completions, /v1/completions, /v1/models, "
+    "/health and /metrics",
     405: "this address does not take this method",
 }
 NO_FIELDS = {"body", "str", "int", "list", "dict"}  # in pydantic's path, and in no field's

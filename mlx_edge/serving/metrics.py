@@ -5,12 +5,16 @@ Counts come from the engines' listeners and survive an unloaded model; gauges ar
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
+from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_edge.engine.request import Completion, Request
@@ -47,9 +51,12 @@ class Metrics:
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "from submission", LONG, "model"
         )
-        self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "steps in which running requests went on", SHORT, "model"
+        self.inter_token = WeightedHistogram(
+            "mlx_edge_inter_token_latency_seconds",
+            "from a request's tokens to its next ones, for each request and step",
+            SHORT,
         )
+        self._registry.register(self.inter_token)
         self.duration = self._histogram(
             "request_duration_seconds", "from submission to the last token", LONG, "model"
         )
@@ -91,16 +98,19 @@ class EngineListener:
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._finished, self._model = metrics.finished, model
-        self._inter_token = metrics.inter_token.labels(model)
+        self._inter_token = metrics.inter_token
+        self._last_step = time.monotonic()
         self._first_token = metrics.first_token.labels(model)
         self._duration = metrics.duration.labels(model)
         self._queue = metrics.queue.labels(model)
         self._counts = {name: counter.labels(model) for name, counter in metrics.counts.items()}
 
     def step(self, record: StepRecord) -> None:
-        """One observation for a step that gave running requests a token."""
+        """All that went on got their last tokens in the step before: they waited alike."""
+        now = time.monotonic()
         if record.decode_rows:
-            self._inter_token.observe(record.seconds)
+            self._inter_token.observe(self._model, now - self._last_step, record.decode_rows)
+        self._last_step = now
 
     def finished(self, request: Request, result: Completion | Exception) -> None:
         """One request ended."""
@@ -123,6 +133,34 @@ class EngineListener:
             (found, 1),
         ):
             self._counts[name].inc(amount)
+
+
+class WeightedHistogram(Collector):
+    """A histogram by model that takes many equal observations at once, which prometheus-client's own does not."""
+
+    def __init__(self, name: str, words: str, buckets: tuple[float, ...]) -> None:
+        self._name, self._words, self._buckets = name, words, buckets
+        self._counts: dict[str, list[int]] = {}  # by model, of each bucket and of what is over all
+        self._sums: dict[str, float] = {}
+        self._lock = Lock()
+
+    def observe(self, model: str, value: float, times: int) -> None:
+        """Count a value so many times. From any thread."""
+        index = bisect_left(self._buckets, value)
+        with self._lock:
+            counts = self._counts.setdefault(model, [0] * (len(self._buckets) + 1))
+            counts[index] += times
+            self._sums[model] = self._sums.get(model, 0.0) + value * times
+
+    def collect(self) -> Iterator[Metric]:
+        """The family as Prometheus reads it: each bucket holds those below it too."""
+        family = HistogramMetricFamily(self._name, self._words, labels=["model"])
+        bounds = [*map(floatToGoString, self._buckets), "+Inf"]
+        with self._lock:
+            for model, counts in self._counts.items():
+                sums = list(zip(bounds, map(float, accumulate(counts)), strict=True))
+                family.add_metric([model], sums, self._sums[model])
+        yield family
 
 
 class _Gauges(Collector):

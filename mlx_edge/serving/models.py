@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_edge.engine.engine import Engine
 from mlx_edge.engine.stats import EngineStats
-from mlx_edge.errors import EngineClosedError, MLXEdgeError, QueueFullError
+from mlx_edge.errors import EngineClosedError, InvalidRequestError, MLXEdgeError, QueueFullError
 from mlx_edge.serving.errors import broken_model, unknown_model
 from mlx_edge.serving.metrics import Metrics
 from mlx_edge.serving.settings import ModelSettings, Settings, parse_duration
@@ -155,10 +155,10 @@ class Models:
 
     def _load_now(self, settings: ModelSettings) -> Served:
         begun = time.monotonic()
-        template = _read_template(settings.chat_template)
         engine = self._make(settings)
         try:
             engine.wait_ready()
+            template = _read_template(settings.chat_template, engine.tokenizer)
         except BaseException:
             engine.close()
             raise
@@ -194,11 +194,13 @@ def _longest_piece(tokenizer: Tokenizer) -> int:
     return max(len(tokenizer.id_to_token(index) or "") for index in range(tokenizer.vocab_size))
 
 
-def _read_template(value: str | None) -> str | None:
-    """A template's file, or the value itself: a template, or the name of one of the model's."""
-    if value is None or "{" in value:
+def _read_template(value: str | None, tokenizer: Tokenizer) -> str | None:
+    """A template, its file, or the name of one of the model's. Raises: InvalidRequestError for anything else."""
+    if value is None or "{" in value or tokenizer.read_chat_template(value) != value:
         return value
-    with suppress(OSError, ValueError):
-        path = Path(value)
-        return path.read_text("utf-8") if path.is_file() else value
-    return value
+    try:
+        return Path(value).read_text("utf-8")
+    except (OSError, ValueError):
+        raise InvalidRequestError(
+            f"--chat-template {value[:100]} is no file, no template, and none of the model's; give one of them"
+        ) from None

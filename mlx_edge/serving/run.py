@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -72,13 +73,17 @@ def make_server(settings: Settings, make: MakeEngine = make_engine) -> tuple[Ser
 def serve(settings: Settings) -> None:
     """Load the first model unless told to be lazy, and serve until a signal comes.
 
-    Raises: MLXEdgeError for a model that cannot be loaded, InvalidRequestError for an address that is taken.
+    Raises: MLXEdgeError for a model that cannot be loaded, InvalidRequestError for an address that is taken or a
+    folder of models that is none.
     """
     logging.basicConfig(
         level=settings.server.log_level, format="%(asctime)s %(levelname)s %(message)s"
     )
     for name in ("uvicorn", "asyncio", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
+    folder = settings.server.model_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise InvalidRequestError(f"--model-dir {folder} is no folder; make it, or name another")
     server, models = make_server(settings)
     with bind(settings.server.host, settings.server.port) as listener:
         if not settings.server.lazy:

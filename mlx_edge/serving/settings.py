@@ -169,8 +169,9 @@ def read_keys(server: ServerSettings) -> ServerSettings:
         try:
             keys += Path(server.api_key_file).read_text("utf-8").splitlines()
         except (OSError, ValueError) as error:
+            words = error.strerror if isinstance(error, OSError) else "it is no text"
             raise InvalidRequestError(
-                f"--api-key-file {server.api_key_file} cannot be read: {error}"
+                f"--api-key-file {server.api_key_file} cannot be read: {words}"
             ) from None
     found = tuple(dict.fromkeys(key.strip() for key in keys if key and key.strip()))
     if server.api_key_file is not None and not found:
@@ -241,7 +242,9 @@ def _model_name(path: str) -> str:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InvalidRequestError(f"--config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise InvalidRequestError(f"{path} cannot be read as TOML: {error}") from None
 
 

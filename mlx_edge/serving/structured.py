@@ -48,6 +48,7 @@ class Plan:
     grammar_after: str | None = (
         None  # thoughts are part of the grammar, so that the model may leave them out
     )
+    is_bound: bool = False  # what begins like a call is one, so it can be handed out as it comes
 
 
 def make_grammar(
@@ -90,7 +91,8 @@ def make_grammar(
     )
     is_open = reasoning is not None and reasoning.is_open(prompt or "")
     source = reply.write(LarkWriter(tokenizer, schema_rule), is_open=is_open)
-    return Plan(Grammar("lark", source + rules))
+    # An answer may begin as calls without marks do: with a brace.
+    return Plan(Grammar("lark", source + rules), is_bound=answer_rule is None)
 
 
 def _read_format(given: Mapping[str, Any] | None) -> Grammar | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_edge.errors import InvalidRequestError
 from mlx_edge.text.tokenizer import Tokenizer
 
 
@@ -68,7 +67,4 @@ def find_reasoning(tokenizer: Tokenizer) -> Reasoning | None:
 
 def read_template(tokenizer: Tokenizer) -> str | None:
     """The source of the chat template that is used when tools are given, None if there is none."""
-    try:
-        return tokenizer._choose_template(None, True).source
-    except InvalidRequestError:
-        return None
+    return tokenizer.read_chat_template(with_tools=True)

@@ -201,6 +201,15 @@ class Tokenizer:
         )
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
+    def read_chat_template(
+        self, chat_template: str | None = None, *, with_tools: bool = False
+    ) -> str | None:
+        """The source of the template that `apply_chat_template` would take, None if there is none."""
+        try:
+            return self._choose_template(chat_template, with_tools).source
+        except InvalidRequestError:
+            return None
+
     def _choose_template(self, wanted: str | None, with_tools: bool) -> ChatTemplate:
         """Choose as transformers does: by name, else "tool_use" with tools, else "default"."""
         known = self._chat_templates

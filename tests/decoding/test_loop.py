@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_edge.cache import QuantizedRows
 from mlx_edge.decoding.loop import generate_step
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Decoder
@@ -38,6 +39,25 @@ def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(model: Decoder) -> N
 def test_chunks_of_prefill_change_no_token(model: Decoder, step_size: int) -> None:
     wanted = tokens_of(model, max_tokens=30)
     assert tokens_of(model, max_tokens=30, prefill_step_size=step_size) == wanted
+
+
+@pytest.mark.parametrize("float_until", [1, 6, 9, 10, 30])
+@pytest.mark.parametrize("step_size", [1, 4, 7])
+def test_where_a_prompt_is_cut_is_nothing_to_rows_that_get_packed(
+    model: Decoder, float_until: int, step_size: int
+) -> None:
+    def rows(step_size: int, held: int = 0) -> list[list[float]]:
+        cache = model.make_cache(row_format=QuantizedRows(4, 32), float_until=float_until)
+        if held:  # of a prompt that was begun before
+            list(generate_step(PROMPT[:held], model, max_tokens=1, prompt_cache=cache))
+        steps = generate_step(
+            PROMPT[held:], model, max_tokens=3, prompt_cache=cache, prefill_step_size=step_size
+        )
+        return [row.tolist() for _, row in steps]
+
+    whole = rows(64)
+    np.testing.assert_allclose(rows(step_size), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(rows(64, held=5), whole, rtol=0, atol=1e-5)
 
 
 def test_prompt_cache_continues(model: Decoder) -> None:

@@ -330,7 +330,8 @@ class Chain:
         return self.logits[tokens]
 
     def make_cache(self) -> list[Any]:
-        counter = SimpleNamespace(offset=0, arrays=[], num_trimmable=32, reserve=lambda _: None)
+        counter = SimpleNamespace(offset=0, arrays=[], num_trimmable=32, num_until_packed=0)
+        counter.reserve = lambda _: None
 
         def trim(count: int) -> None:
             counter.offset -= count

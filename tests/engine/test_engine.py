@@ -19,7 +19,9 @@ from mlx_edge.engine import service as service_module
 from mlx_edge.engine.blocking import BlockingEngine
 from mlx_edge.engine.config import EngineConfig
 from mlx_edge.engine.engine import Engine
+from mlx_edge.engine.ledger import Ledger
 from mlx_edge.engine.request import Completion, Grammar, Piece, Request, Sampling
+from mlx_edge.engine.scheduler import Scheduler
 from mlx_edge.engine.stats import StepRecord
 from mlx_edge.engine.step import run_step
 from mlx_edge.errors import (
@@ -310,6 +312,45 @@ def test_a_failing_step_fails_the_culprit_alone(
         assert [future.result(30).tokens for future in futures] == [one.tokens for one in wanted]
         wait_idle(engine)
         assert engine.stats().failed == 1
+
+
+def test_where_a_prompt_is_cut_is_nothing_to_rows_that_get_packed(
+    pocket: Pocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = EngineConfig(kv_bits=4, kv_group_size=32, quantized_kv_start=50)
+    request = Request(
+        tuple(range(10, 110)), max_tokens=4, logprobs=0, sampling=Sampling(temp=1, seed=3)
+    )
+    found = []
+    for chunk, failures in ((512, 0), (512, 1), (16, 0), (45, 0)):
+        monkeypatch.setattr(service_module, "run_step", fail_for({100}, times=failures))
+        with Engine(pocket, replace(packed, prefill_chunk=chunk)) as engine:
+            futures = [engine.enqueue(request), engine.enqueue(PROMPT, max_tokens=30)]
+            answers = [future.result(30).logprobs for future in futures]
+            again = engine.enqueue(request).result(30)  # behind a stored prefix
+        found += [[one.logprob for one in answers[0]], [one.logprob for one in again.logprobs]]
+    assert again.usage.cached_tokens
+    for values in found:
+        assert values == pytest.approx(found[0], rel=0, abs=1e-5)
+
+
+@pytest.mark.parametrize("broken", [("plan",), ("add", "remove"), ("plan", "remove", "release")])
+def test_a_mistake_of_the_engine_fails_all_and_the_thread_lives(
+    pocket: Pocket, monkeypatch: pytest.MonkeyPatch, broken: tuple[str, ...]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KeyError("our own mistake")
+
+    with Engine(pocket) as engine:
+        for name in broken:
+            monkeypatch.setattr(Ledger if name == "release" else Scheduler, name, fail)
+        futures = [engine.enqueue(PROMPT) for _ in range(3)]
+        for future in futures:
+            with pytest.raises(KeyError, match="our own mistake"):
+                future.result(30)
+        monkeypatch.undo()
+        assert engine.enqueue(PROMPT, max_tokens=3).result(30).finish_reason == "length"
+        wait_idle(engine)
 
 
 def test_a_loader_that_dies(tmp_path: Any) -> None:

@@ -114,6 +114,12 @@ ACTIONS = st.lists(
 )
 
 
+def _read_anew(house: "House", jobs: list[Job], pending: int) -> None:
+    for job in jobs:
+        job.pending = pending
+    house.scheduler.distrust(jobs)
+
+
 @settings(deadline=None, max_examples=100)
 @given(ACTIONS, st.integers(1, 6), st.integers(1, 64))
 def test_every_job_ends_once_and_memory_is_never_overdrawn(
@@ -140,7 +146,7 @@ def test_every_job_ends_once_and_memory_is_never_overdrawn(
         elif kind == "fail":
             plan = house.scheduler.plan()
             if len(plan.parts) > 1:
-                house.scheduler.distrust((part.job, 10) for part in plan.parts)
+                _read_anew(house, [part.job for part in plan.parts], 10)
         else:
             for _ in range(values[0]):  # type: ignore[call-overload]
                 house.step()
@@ -156,7 +162,7 @@ def test_ageing_ends_the_wait_of_a_low_priority(
 ) -> None:
     house = House(max_batch_size=batch_size, ageing_s=ageing_s, step_s=0.05)
     low = house.add(priority=0)
-    for _ in range(100):
+    for _ in range(120):  # more than the bound below comes to
         for _ in range(batch_size + 1):  # more than can be served, for ever
             house.add(priority=priority)
         house.step()
@@ -268,11 +274,27 @@ def test_suspects_run_alone_until_they_have_passed() -> None:
     for _ in range(3):
         house.add(tokens=50)
     plan = house.step()
-    house.scheduler.distrust([(part.job, 12) for part in plan.parts[:2]])
+    _read_anew(house, [part.job for part in plan.parts[:2]], 12)
     steps = [house.step() for _ in range(4)]
     assert [len(step.parts) for step in steps] == [1] * 4
     assert [step.parts[0].num_tokens for step in steps] == [8, 4, 8, 4]
     assert len(house.step().parts) == 3
+
+
+@pytest.mark.parametrize(
+    ("until_cut", "chunks"),
+    [
+        (0, [8, 8, 4, 1]),
+        (5, [5, 8, 7, 1]),
+        (8, [8, 8, 4, 1]),
+        (17, [8, 8, 1, 3, 1]),
+        (20, [8, 8, 4, 1]),
+    ],
+)
+def test_a_chunk_ends_where_it_has_to(until_cut: int, chunks: list[int]) -> None:
+    house = House(prefill_chunk=8)
+    house.add(prompt=20, tokens=2, until_cut=until_cut)
+    assert [house.step().parts[0].num_tokens for _ in chunks] == chunks
 
 
 def test_the_cost_of_a_row_is_the_slope() -> None:

@@ -1,9 +1,10 @@
 """The official openai client, unchanged, on the bundled model: what it asks for it gets, a refusal it raises."""
 
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 import mlx_edge
@@ -139,6 +140,12 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert len(old.choices[0].logprobs.tokens or []) == 3
 
 
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+def test_both_names_of_the_limit(client: openai.OpenAI, limit: str) -> None:
+    answer = client.chat.completions.create(model="pocket", messages=HI, **{limit: 3})  # type: ignore[call-overload]
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (3, "length")
+
+
 def test_logit_bias(client: openai.OpenAI) -> None:
     _, tokenizer = mlx_edge.load()
     token = tokenizer.encode("dog", add_special_tokens=False)[0]
@@ -196,6 +203,52 @@ def test_tools(client: openai.OpenAI, choice: Any, stream: bool) -> None:
     assert {"x", "y"} == set(json.loads(arguments))
 
 
+SHORT_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}}}
+    for name in ("press", "swipe")
+]  # fmt: skip
+
+
+def test_parallel_calls_stream_as_they_are_whole(client: openai.OpenAI) -> None:
+    options = {"tools": SHORT_TOOLS, "tool_choice": "required", "temperature": 1.0}
+    options |= {"max_tokens": 100}
+    for seed in range(20):  # whether there is a second call is the model's choice
+        whole = chat(client, seed=seed, **options).choices[0].message.tool_calls or []
+        if len(whole) > 1:
+            break
+    else:
+        pytest.fail("none of 20 replies had a second call")
+    streamed: dict[int, list[str]] = {}
+    for event in chat(client, seed=seed, stream=True, **options):
+        for call in event.choices[0].delta.tool_calls or []:
+            parts = streamed.setdefault(call.index, ["", ""])
+            parts[0] += call.function.name or ""
+            parts[1] += call.function.arguments or ""
+    assert [tuple(streamed[i]) for i in range(len(whole))] == [
+        (call.function.name, call.function.arguments) for call in whole
+    ]
+    assert len({call.id for call in whole}) == len(whole)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_clients_own_parser_reads_a_strict_schema(client: openai.OpenAI, stream: bool) -> None:
+    class Person(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
+        name: Literal["Ann", "Bob"]
+        age: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+    given: Any = {"model": "pocket", "messages": HI, "max_tokens": 100, "response_format": Person}
+    if stream:
+        with client.beta.chat.completions.stream(**given) as events:
+            answer = events.get_final_completion()
+    else:
+        answer = client.beta.chat.completions.parse(**given)
+    person = answer.choices[0].message.parsed
+    assert person is not None
+    assert person.age in range(100)
+
+
 def test_a_conversation_with_a_tools_answer(client: openai.OpenAI) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "tap", "arguments": '{"x": 1}'}}
     messages = [
@@ -241,7 +294,12 @@ def test_metrics(client: openai.OpenAI, server: Running) -> None:
     assert status == 200
     assert float(figures['mlx_edge_requests_finished_total{model="pocket",reason="length"}']) >= 1
     assert float(figures['mlx_edge_time_to_first_token_seconds_count{model="pocket"}']) >= 1
-    assert float(figures['mlx_edge_inter_token_latency_seconds_count{model="pocket"}']) >= 1
+    gaps = "mlx_edge_inter_token_latency_seconds"
+    assert float(figures[f'{gaps}_count{{model="pocket"}}']) >= 11  # of 12 tokens
+    assert (
+        figures[f'{gaps}_bucket{{le="+Inf",model="pocket"}}']
+        == figures[f'{gaps}_count{{model="pocket"}}']
+    )
     assert float(figures['mlx_edge_generation_tokens_total{model="pocket"}']) >= 12
     assert float(figures['mlx_edge_requests_running{model="pocket"}']) == 0
     assert float(figures["mlx_edge_process_memory_bytes"]) > 1e6

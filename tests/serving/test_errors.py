@@ -109,6 +109,13 @@ def test_addresses_that_are_none(server: Running, path: str, status: int) -> Non
     assert body["error"]["code"]
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/embeddings"])
+def test_apis_that_are_not_served_name_those_that_are(server: Running, path: str) -> None:
+    status, _, body = server.ask("POST", path, {"model": "pocket", "input": "Hi"})
+    assert (status, body["error"]["code"]) == (404, "not_found")
+    assert "/v1/chat/completions, /v1/completions" in body["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "name", ["gpt-4o", "../../etc", "/etc/passwd", "pocket/../..", "a\x00b", "~"]
 )

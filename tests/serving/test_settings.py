@@ -122,9 +122,12 @@ def test_durations(text: str, seconds: float | None) -> None:
     ("flags", "words"),
     [
         (["--host", "0.0.0.0"], "no API key"),
-        (["--config", "/nowhere.toml"], "cannot be read"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml cannot be read: No such file"),
         (["--model", "/nowhere/model"], "/nowhere/model"),
         (["--kv-bits", "5"], "kv_bits is 5"),
+        (["--model-dir", "/nowhere"], "--model-dir /nowhere is no folder"),
+        (["--api-key-file", "/nowhere"], "cannot be read: No such file"),
+        (["--port", "0", "--chat-template", "/nowhere.jinja"], "is no file, no template"),
     ],
 )
 def test_the_command_ends_with_one_line(flags: list[str], words: str, capsys: Any) -> None:

@@ -351,3 +351,19 @@ def test_a_grammar_that_cannot_be_a_part(tmp_path: Path) -> None:
 
 def test_every_form_is_forced() -> None:
     assert {find_format(signs).name for signs in FORM_SIGNS} == {form.name for form in FORMATS}
+
+
+@pytest.mark.parametrize(
+    ("options", "is_bound"),
+    [
+        ({"tool_choice": "required"}, True),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, True),
+        ({"parallel_tool_calls": False}, True),
+        ({"response_format": {"type": "json_object"}}, False),
+        ({}, False),
+    ],
+)
+def test_a_brace_is_no_certain_call_where_answers_have_a_form(
+    pocket: Tokenizer, options: dict[str, Any], is_bound: bool
+) -> None:
+    assert make_grammar(pocket, prompt="", tools=TOOLS, **options).is_bound == is_bound
