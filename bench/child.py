@@ -71,7 +71,7 @@ def start_child(
     words: list[str], *, cores: int, folder: Path, errors: IO[bytes] | int, is_asked: bool = False
 ) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own; `is_asked` gives it a standard input."""
-    with _confined(cores):
+    with confined(cores):
         return subprocess.Popen(
             words,
             cwd=folder,
@@ -84,7 +84,7 @@ def start_child(
 
 
 @contextlib.contextmanager
-def _confined(cores: int) -> Iterator[None]:
+def confined(cores: int) -> Iterator[None]:
     """This thread on some of its cores, which a child that is started meanwhile inherits."""
     if not hasattr(os, "sched_setaffinity"):
         yield

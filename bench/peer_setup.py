@@ -87,23 +87,33 @@ class Workplace:
             raise StepFailed(f"{Path(command[0]).name} ended with {done.returncode}; see {log}")
 
 
+SetupStep = tuple[str, str, Callable[[Workplace], None]]  # name, what it would make, how
+
+
 def set_up(root: Path, say: Callable[[str], None]) -> Workplace:
     """Make what is missing under `root`, a step after the other; failures are said and kept."""
     place = Workplace(root)
     (root / "logs").mkdir(parents=True, exist_ok=True)
-    stamps = root / "stamps.json"
-    done: dict[str, str] = json.loads(stamps.read_text()) if stamps.exists() else {}
-    steps: list[tuple[str, str, Callable[[Workplace], None]]] = [
+    steps: list[SetupStep] = [
         ("env", sys.version.split()[0], _make_env),
         *((f"pip {name}", what, _install(what)) for name, what in PACKAGES.items()),
         ("llama.cpp source", LLAMA, _fetch_llama),
         ("llama.cpp", f"{LLAMA} {sorted(CMAKE_OPTIONS.items())} {TOOLS}", _build_llama),
         ("stream", _stream_source().read_text(), _build_stream),
     ]
+    take_steps(place, root / "stamps.json", steps, say)
+    return place
+
+
+def take_steps(
+    place: Workplace, stamps: Path, steps: Sequence[SetupStep], say: Callable[[str], None]
+) -> None:
+    """Take the steps whose stamps are not those wanted; failures are said and kept in `place.failures`."""
+    done: dict[str, str] = json.loads(stamps.read_text()) if stamps.exists() else {}
     for name, version, step in steps:
         if done.get(name) == version:
             continue
-        say(f"setup: {name} (log in {root / 'logs'})")
+        say(f"setup: {name} (log in {place.root / 'logs'})")
         try:
             step(place)
         except (StepFailed, OSError) as failure:
@@ -112,7 +122,6 @@ def set_up(root: Path, say: Callable[[str], None]) -> Workplace:
             continue
         done[name] = version
         stamps.write_text(json.dumps(done, indent=1))
-    return place
 
 
 def _make_env(place: Workplace) -> None:

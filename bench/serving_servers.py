@@ -14,11 +14,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.child import confined
 from bench.peer_setup import Workplace
 from bench.serving_setup import ServedModel
 
@@ -90,7 +91,7 @@ class Server:
         self.log = logs / f"serve-{spec.name.replace(' ', '_').replace(',', '')}.log"
         words = [word.replace("{port}", str(self.port)) for word in spec.words]
         start = time.perf_counter()
-        with self.log.open("w") as log, _confined(threads):
+        with self.log.open("w") as log, confined(threads):
             self.child = subprocess.Popen(
                 words,
                 cwd=spec.folder,
@@ -191,20 +192,6 @@ def _sum_lines(path: Path, words: Sequence[str]) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(tuple(words)))
-
-
-@contextlib.contextmanager
-def _confined(cores: int) -> Iterator[None]:
-    """This thread on some of its cores, which a child that is started meanwhile inherits."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(own)[:cores])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, own)
 
 
 def _free_port() -> int:

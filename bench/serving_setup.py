@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.peer_models import Models
-from bench.peer_setup import CMAKE_OPTIONS, LLAMA, StepFailed, Word, Workplace
+from bench.peer_setup import (
+    CMAKE_OPTIONS,
+    LLAMA,
+    SetupStep,
+    StepFailed,
+    Word,
+    Workplace,
+    take_steps,
+)
 
 LOCUST = "locust==2.47.0"
 # In the same build folder: libraries are shared, the tools of the peers' run stay as they are.
@@ -29,24 +37,11 @@ POCKET = Path(str(files("mlx_edge") / "assets" / "pocket"))
 
 def set_up_servers(place: Workplace, say: Callable[[str], None]) -> None:
     """Make what is missing; failures are said and kept in `place.failures`."""
-    path = place.root / "stamps-serving.json"
-    done: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    steps: list[tuple[str, str, Callable[[Workplace], None]]] = [
+    steps: list[SetupStep] = [
         ("llama-server", f"{LLAMA} {sorted(SERVER_OPTIONS.items())}", _build_server),
         ("locust", f"{LOCUST} {sys.version.split()[0]}", _install_locust),
     ]
-    for name, version, step in steps:
-        if done.get(name) == version:
-            continue
-        say(f"setup: {name} (log in {place.root / 'logs'})")
-        try:
-            step(place)
-        except (StepFailed, OSError) as failure:
-            place.failures[name] = str(failure)
-            say(f"setup: {name} failed: {failure}")
-            continue
-        done[name] = version
-        path.write_text(json.dumps(done, indent=1))
+    take_steps(place, place.root / "stamps-serving.json", steps, say)
 
 
 def _build_server(place: Workplace) -> None:

@@ -12,6 +12,13 @@ import mlx.core as mx
 OPENBLAS = "lib/libscipy_openblas.so"  # in the package scipy-openblas32
 
 
+def own_version() -> str:
+    """The version of this package."""
+    # By name: the package must not be imported from inside while it is being set up.
+    version: str = import_module("mlx_edge").__version__
+    return version
+
+
 def has_gpu() -> bool:
     """Whether MLX's default device is a GPU."""
     return mx.default_device().type == mx.DeviceType.gpu

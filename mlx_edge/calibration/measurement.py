@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from mlx_edge.calibration.receipt import Receipt, Run, TextSource
 from mlx_edge.calibration.text import Sample
 from mlx_edge.errors import MLXEdgeError
 from mlx_edge.models.config import ModelConfig
+from mlx_edge.runtime import own_version
 from mlx_edge.weights import Checkpoint
 
 NUM_SPANS, SPAN_BYTES = 8, 256  # of each tensor, in a fingerprint
@@ -83,7 +83,7 @@ def make_receipt(
     assert (comparison is None) == (sample is None) == (reason is not None)
     measured = comparison is not None
     return Receipt(
-        mlx_edge_version=import_module("mlx_edge").__version__,
+        mlx_edge_version=own_version(),
         weights=fingerprint_weights(written),
         model=facts.model,
         method=facts.method,

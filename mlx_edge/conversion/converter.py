@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from mlx_edge.conversion.source import FolderSource, Source, is_quantized
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError
 from mlx_edge.profiler.memory import peak_resident_bytes
 from mlx_edge.quant import Packing
+from mlx_edge.runtime import own_version
 from mlx_edge.weights.report import format_bytes
 from mlx_edge.weights.stream_writer import StreamWriter
 from mlx_edge.weights.writer import disk_errors, replacing
@@ -113,7 +113,7 @@ class _Converter:
         """What a partial folder is taken up for; files beside the model count by their content."""
         key: dict[str, Any] = {
             "layout": LAYOUT,
-            "version": import_module("mlx_edge").__version__,
+            "version": own_version(),
             "source": self._source.fingerprint(),
             **self._request.key(),
         }

@@ -31,11 +31,11 @@ from mlx_edge.engine.prefix_writer import PrefixWriter, WriteJob, is_own_name
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError
 from mlx_edge.models.decoder import Decoder, describe_kernels
 from mlx_edge.models.prompt_cache import (
-    find_version,
     fingerprint_model,
     name_planes,
     restore_caches,
 )
+from mlx_edge.runtime import own_version
 from mlx_edge.weights.writer import describe_tensor, view_bytes
 
 logger = logging.getLogger(__name__)
@@ -287,5 +287,5 @@ class PrefixDisk:
 
 def _identify(model: Decoder) -> str:
     """A hash of all that the numbers in a cache depend on, but its options and the tokens."""
-    told = [fingerprint_model(model), describe_kernels(model), find_version()]
+    told = [fingerprint_model(model), describe_kernels(model), own_version()]
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()

@@ -28,6 +28,7 @@ import numpy as np
 from mlx_edge.engine.prefix_index import TOKEN_BYTES
 from mlx_edge.weights import TensorEntry
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
+from mlx_edge.weights.writer import sync_folder
 
 MAGIC = b"MLXEPREF"
 VERSION = 1
@@ -135,7 +136,7 @@ def write_record(path: Path, record: PrefixRecord, used_s: float) -> None:
             temporary.replace(path)  # while the lock is held: nobody takes it for abandoned
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def read_head(path: Path) -> PrefixHead:
@@ -251,13 +252,3 @@ def _create_locked(path: Path) -> tuple[int, Path]:
         if os.fstat(descriptor).st_nlink:
             return descriptor, temporary
         os.close(descriptor)  # taken for abandoned between the two calls
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming itself durable, where the file system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -8,7 +8,6 @@ their fingerprints, and the tokens; loading trusts nothing of it before it was c
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol, overload
 
@@ -19,6 +18,7 @@ from mlx_edge import ops
 from mlx_edge.cache import AnyKVCache, CacheFacts, CacheState, KVCache
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError, ModelFormatError
 from mlx_edge.models.decoder import KEPT_PREFIX, Decoder, find_weights
+from mlx_edge.runtime import own_version
 from mlx_edge.text.tokenizer_config import read_tokenizer_config
 from mlx_edge.weights import SafetensorsFile, TensorEntry, write_safetensors
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
@@ -80,7 +80,7 @@ def save_prompt_cache(
     written = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "mlx_edge_version": find_version(),
+        "mlx_edge_version": own_version(),
         "caches": json.dumps([state.facts.to_json() for state in states]),
     }
     write_safetensors(Path(path), name_planes(states), metadata={**metadata, **written})
@@ -199,13 +199,6 @@ def _sample(weight: mx.array | ops.Packed) -> mx.array:
 
 def _tensor_name(layer: int, row: int, part: str, index: int) -> str:
     return f"layers.{layer}.rows.{row}.{part}.{index}"
-
-
-def find_version() -> str:
-    """The version of this package."""
-    # By name: the package must not be imported from inside while it is being set up.
-    version: str = import_module("mlx_edge").__version__
-    return version
 
 
 def _fail(path: Path, found: str) -> NoReturn:

@@ -18,9 +18,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from mlx_edge import __version__
 from mlx_edge.errors import MLXEdgeError
 from mlx_edge.profiler.memory import resident_bytes
+from mlx_edge.runtime import own_version
 from mlx_edge.serving.answer import respond
 from mlx_edge.serving.chat import ChatAnswer
 from mlx_edge.serving.completions import CompletionAnswer
@@ -95,7 +95,7 @@ def make_app(settings: Settings, models: Models) -> ASGIApp:
             await models.close(settings.server.drain_timeout_s)
 
     app = FastAPI(
-        title="mlx_edge", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+        title="mlx_edge", version=own_version(), docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.include_router(_generation_routes(settings, models))
     app.include_router(_other_routes(models))

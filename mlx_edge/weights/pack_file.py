@@ -26,6 +26,7 @@ from mlx_edge.weights.pack_header import (
     check_ends,
     read_key,
 )
+from mlx_edge.weights.writer import sync_folder
 
 SUFFIX = ".pack"
 TEMPORARY_SUFFIX = ".tmp"
@@ -84,7 +85,7 @@ def write_pack(path: Path, layout: PackLayout, fill: Callable[[Part, memoryview]
             os.ftruncate(descriptor, layout.file_bytes)
             os.fsync(descriptor)  # or a power cut could leave the name on unwritten bytes
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
 
 def remove_abandoned(folder: Path) -> int:
@@ -181,13 +182,3 @@ def _clear(view: memoryview) -> None:
     for begin in range(0, len(view), step):
         part = view[begin : begin + step]
         part[:] = zeros[: len(part)]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming itself durable, where the file system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -216,7 +216,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def sync_folder(folder: Path) -> None:
     """Makes the renaming itself durable, where the file system can do that."""
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:
