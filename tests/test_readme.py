@@ -9,6 +9,8 @@ import pytest
 from mlx_edge.benchmark import make_parser as make_benchmark_parser
 from mlx_edge.convert import make_parser as make_convert_parser
 from mlx_edge.generate import make_parser
+from mlx_edge.plan import make_parser as make_plan_parser
+from mlx_edge.serving.flags import make_parser as make_serve_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,7 +23,13 @@ def test_benchmark_table_is_made_from_the_results() -> None:
 
 def test_flags_named_in_the_readme_exist() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--editable"}
-    parsers = [make_parser(), make_benchmark_parser(), make_convert_parser()]
+    parsers = [
+        make_parser(),
+        make_benchmark_parser(),
+        make_convert_parser(),
+        make_plan_parser(),
+        make_serve_parser("serve"),
+    ]
     known = {flag for p in parsers for action in p._actions for flag in action.option_strings}
     assert named <= known
 
