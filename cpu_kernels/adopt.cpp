@@ -82,7 +82,7 @@ class Reservation {
 // more than many a small op.
 class SparePages {
  public:
-  static constexpr size_t MOST_BYTES = size_t{1} << 22;
+  static constexpr size_t MOST_BYTES = size_t{5} << 18;  // logits and log-probabilities of one row
 
   void* take(size_t num_bytes) {
     const std::lock_guard lock(mutex_);

@@ -25,6 +25,7 @@ from mlx_edge.weights.dtypes import ELEMENT_TYPES
 
 # An output of the CPU kernels from here on goes back to the system when it is dropped: LARGE of cpu_kernels/adopt.cpp.
 LARGE = 1 << 17
+SPARE_BYTES = 5 << 18  # of such outputs, kept for the next ones: SparePages there
 LIVE_OUTPUTS = 3  # of the large: a block's input, its output, and one that was not yet given back
 # Of freed outputs that MLX keeps once `limit_mlx_cache` has run; its own limit is 32 MiB.
 MLX_CACHE_BYTES = 1 << 18
@@ -204,6 +205,8 @@ class MemoryModel:
         # back at once, so a shorter step, as the end of a prompt is, may hold more than a long one.
         small_rows = min(rows, (LARGE - 1) // row)
         outputs = row * max(num_outputs * small_rows, LIVE_OUTPUTS * rows)
+        if rows * row >= LARGE:
+            outputs += rows * row * min(num_outputs, SPARE_BYTES // (rows * row))
         return outputs + min(rows, SLICE) * self._scratch_per_row() + MLX_CACHE_BYTES
 
     def _scratch_per_row(self) -> int:
