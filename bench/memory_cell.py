@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 MORE_TOKENS = 8  # that all sequences generate together
 
@@ -35,16 +34,6 @@ class Cell:
         return [str(flag) for flag in flags]
 
 
-def read_status(process: int | str = "self") -> dict[str, int]:
-    """The sizes in /proc/PID/status, in bytes; empty for a process that is gone."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    rows = (line.split() for line in lines if line.endswith(" kB"))
-    return {row[0].rstrip(":"): 1024 * int(row[1]) for row in rows}
-
-
 def count_new_tokens(cell: Cell) -> int:
     """So many that the first sequence still generates when the last prompt has been read: all are held at once."""
     steps = cell.batch * -(-cell.context // cell.chunk)
@@ -56,6 +45,7 @@ def serve(folder: str, cell: Cell) -> None:
     from mlx_edge.engine.blocking import BlockingEngine
     from mlx_edge.engine.config import EngineConfig
     from mlx_edge.engine.request import Request
+    from mlx_edge.profiler.memory import read_status
 
     config = EngineConfig(
         max_batch_size=cell.batch,

@@ -21,8 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.memory_cell import Cell, read_status
+from bench.memory_cell import Cell
 from bench.peer_models import SHAPES, Shape, make_mlx, make_tokenizer
+from mlx_edge.profiler.memory import read_status
 
 WORK = Path(tempfile.gettempdir()) / "mlx_edge_memory_plan"
 LIMIT_S = 600.0

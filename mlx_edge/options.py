@@ -128,15 +128,9 @@ def read_template_config(text: str | None) -> dict[str, Any]:
 
 def make_cache(model: "LanguageModel[Cache]", args: Namespace) -> "list[Cache]":
     """The cache that the flags ask for."""
-    from mlx_edge.cache import QuantizedRows
+    from mlx_edge.models.interface import make_cache_of
 
-    if args.kv_bits is None:
-        return model.make_cache(max_kv_size=args.max_kv_size)
-    return model.make_cache(
-        max_kv_size=args.max_kv_size,
-        row_format=QuantizedRows(args.kv_bits, args.kv_group_size),
-        float_until=args.quantized_kv_start,
-    )
+    return make_cache_of(model, args)
 
 
 def load_proposers(

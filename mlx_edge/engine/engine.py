@@ -26,7 +26,7 @@ from mlx_edge.engine.queue import RequestQueue
 from mlx_edge.engine.request import Completion, Piece, Request
 from mlx_edge.engine.served import Served, evaluate, open_model, serve
 from mlx_edge.engine.stats import EngineStats, Listener
-from mlx_edge.engine.worker import Worker
+from mlx_edge.engine.worker import CLOSED, Worker
 from mlx_edge.errors import EngineClosedError
 from mlx_edge.models.interface import LanguageModel
 from mlx_edge.text import Tokenizer
@@ -113,7 +113,7 @@ class Engine:
         self.wait_ready()
         served = self._worker.served
         if served is None:
-            raise EngineClosedError("the engine is closed; make a new one")
+            raise EngineClosedError(CLOSED)
         return served
 
     async def generate(self, request: Request | str, **options: Any) -> Completion:

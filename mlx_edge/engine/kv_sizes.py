@@ -1,6 +1,6 @@
 """What the cache of one layer reserves for a sequence, in bytes: pages of the CPU kernels, or MLX's arrays.
 
-Arithmetic alone: nothing is allocated, no model is needed, no MLX is imported. The layouts are those of
+Arithmetic alone: nothing is allocated, no model is needed. The layouts are those of
 `cpu_kernels/kv_store.h` (pages) and `cache/layer.py` (a body and a tail); the tests hold these sums
 against real caches.
 """
@@ -8,12 +8,14 @@ against real caches.
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-PAGE = 64  # positions in a page of the CPU kernels' store
+from mlx_edge.cache.layer import GROWTH
+from mlx_edge.cache.lengths import TAIL
+from mlx_edge.cache.paged import PAGE
+
 LINE = 64  # bytes to which the parts of a page are rounded up
 DIMS = 16  # elements to which a row of values is rounded up
 SLICE = 256  # rows of a step that go through the CPU kernels at once
 ALLOCATION_BYTES = 96  # that the C library adds to a page: its header, and the alignment
-TAIL, GROWTH = 32, 256  # positions, as in `cache/layer.py`
 
 
 @dataclass(frozen=True)

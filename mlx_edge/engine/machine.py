@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_edge.errors import HardwareNotSupportedError
-from mlx_edge.profiler.memory import peak_resident_bytes, resident_bytes
+from mlx_edge.profiler.memory import peak_resident_bytes, read_status, resident_bytes
 
 SHARE = 0.75  # of what there is; the rest is for the system and everybody else
 GIB = 1 << 30
@@ -109,12 +109,12 @@ def memory_limit(cgroup: Path = _CGROUP) -> int:
 
 def private_bytes() -> int:
     """Memory of this process that is not pages of files; on macOS all that is resident."""
-    return _read_status().get("RssAnon") or resident_bytes() or 0
+    return read_status().get("RssAnon") or resident_bytes() or 0
 
 
 def peak_private_bytes() -> int:
     """The most that `private_bytes` has been, if no page of a file was dropped since."""
-    found = _read_status()
+    found = read_status()
     if "VmHWM" not in found or "RssAnon" not in found:
         return peak_resident_bytes()
     files = found.get("RssFile", 0) + found.get("RssShmem", 0)
@@ -129,16 +129,6 @@ def _physical_bytes() -> int:
 
         info = mx.device_info()
         return int(info.get("memory_size") or info.get("total_memory") or 0)
-
-
-def _read_status() -> dict[str, int]:
-    """The sizes that Linux tells of this process, in bytes; empty elsewhere."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
-    rows = (line.split() for line in lines if line.endswith(" kB"))
-    return {row[0].rstrip(":"): 1024 * int(row[1]) for row in rows}
 
 
 def _cgroup_limits(cgroup: Path) -> list[int]:

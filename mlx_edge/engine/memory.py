@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_edge.cache.quantized import QuantizedRows
+from mlx_edge.cache import MAX_HEAD_DIM, QuantizedRows
 from mlx_edge.engine.budget import largest
 from mlx_edge.engine.kv_sizes import SLICE, ArraySizes, LayerCacheSizes, PagedSizes, RowSizes
 from mlx_edge.engine.machine import private_bytes
@@ -31,7 +31,6 @@ LIVE_OUTPUTS = 3  # of the large: a block's input, its output, and one that was 
 MLX_CACHE_BYTES = 1 << 18
 LOGIT_COPIES = 3  # logits, log-probabilities, what a sampler makes of them
 TOKEN_BYTES = 64  # of the host's lists, for each token of a sequence
-MAX_PAGED_HEAD_DIM = 256
 
 
 class MemoryOptions(Protocol):
@@ -131,7 +130,7 @@ class MemoryModel:
             for p in (config.quantization.default, *config.quantization.exceptions.values())
             if p
         }
-        is_paged = backend == "cpu" and config.head_dim <= MAX_PAGED_HEAD_DIM
+        is_paged = backend == "cpu" and config.head_dim <= MAX_HEAD_DIM
         layers = _cache_sizes(
             config, options, backend, is_paged=is_paged, element_bytes=element_bytes
         )

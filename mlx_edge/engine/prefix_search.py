@@ -6,7 +6,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from mlx_edge.errors import InvalidRequestError
 
-SWITCHED_OFF = "the prefix cache is switched off for this request"
+SWITCHED_OFF = "the request does not use the prefix cache"
 
 
 class ForkableCache(Protocol):

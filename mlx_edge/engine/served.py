@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_edge.cache import QuantizedRows
 from mlx_edge.decoding.proposers import (
     Proposer,
     check_same_vocabulary,
@@ -29,7 +28,7 @@ from mlx_edge.engine.prefix_disk import PrefixDisk
 from mlx_edge.engine.request import Request
 from mlx_edge.errors import InvalidRequestError, MemoryBudgetError
 from mlx_edge.models.decoder import Decoder, find_arrays
-from mlx_edge.models.interface import LanguageModel, row_is_exact
+from mlx_edge.models.interface import LanguageModel, make_cache_of, row_is_exact
 from mlx_edge.models.load import load
 from mlx_edge.text import Tokenizer
 
@@ -68,7 +67,7 @@ class Served:
 
     def make_caches(self) -> list[Any]:
         """An empty cache per layer, for one sequence."""
-        return _make_caches(self.model, self.config)
+        return make_cache_of(self.model, self.config)
 
     def make_proposer(self, request: Request) -> Proposer | None:
         """The proposer that a request asks for; None for none."""
@@ -117,7 +116,7 @@ def serve(model: LanguageModel[Any], tokenizer: Tokenizer, config: EngineConfig)
 
     Raises: InvalidRequestError for what does not fit together, MemoryBudgetError where the model alone is too much.
     """
-    caches = _make_caches(model, config)  # what the model cannot serve is said now
+    caches = make_cache_of(model, config)  # what the model cannot serve is said now
     limit_mlx_cache()
     draft_model = None
     if config.draft_model is not None:
@@ -151,16 +150,6 @@ def evaluate(model: LanguageModel[Any]) -> None:
         mx.eval(list(find_arrays(model)))
     else:  # another definition keeps its arrays where it likes; a step brings them all in
         mx.eval(model(mx.zeros((1, 1), mx.int32)))
-
-
-def _make_caches(model: LanguageModel[Any], config: EngineConfig) -> list[Any]:
-    if config.kv_bits is None:
-        return model.make_cache(max_kv_size=config.max_kv_size)
-    return model.make_cache(
-        max_kv_size=config.max_kv_size,
-        row_format=QuantizedRows(config.kv_bits, config.kv_group_size),
-        float_until=config.quantized_kv_start,
-    )
 
 
 def _measure(

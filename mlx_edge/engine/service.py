@@ -17,6 +17,7 @@ from mlx_edge.decoding.loop import longest_chunk
 from mlx_edge.engine.delivery import Sink, completion_of
 from mlx_edge.engine.intake import Prepared
 from mlx_edge.engine.prefix_index import MIN_TOKENS
+from mlx_edge.engine.prefix_search import SWITCHED_OFF
 from mlx_edge.engine.recorder import Recorder
 from mlx_edge.engine.request import FinishReason, Piece, Request, Usage
 from mlx_edge.engine.scheduler import Job, Part, Plan, Scheduler
@@ -116,7 +117,7 @@ class Service:
                 prepared.constraint,
             )
             if not request.use_prefix_cache:
-                sequence.cache_miss = "the request does not use the prefix cache"
+                sequence.cache_miss = SWITCHED_OFF
             elif served.prefixes is not None:
                 found = served.prefixes.lookup(prepared.tokens, served.kind)
                 sequence.caches, sequence.num_stored = found.caches, found.num_tokens

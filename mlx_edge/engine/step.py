@@ -129,8 +129,6 @@ class _Chooser:
 
     def _take_one_by_one(self, turn: Turn) -> None:
         """A token that is no longer drafted ends it; each choice waits for the token before it."""
-        if turn.error is not None:
-            return
         sequence = turn.sequence
         token, row = self._picked[turn]
         index = 0

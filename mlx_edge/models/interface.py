@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import mlx.core as mx
 
-from mlx_edge.cache import RowFormat
+from mlx_edge.cache import QuantizedRows, RowFormat
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.weights import LoadReport
 
@@ -103,6 +103,37 @@ class LanguageModel(Protocol[Cache]):
         float_until: int = 0,
     ) -> list[Cache]:
         """An empty cache; InvalidRequestError for an option that this model cannot serve."""
+
+
+class CacheOptions(Protocol):
+    """How keys and values are kept, in mlx-lm's words: a command's flags, or an engine's settings."""
+
+    @property
+    def max_kv_size(self) -> int | None:
+        """Positions kept; None for all."""
+
+    @property
+    def kv_bits(self) -> int | None:
+        """Of packed rows; None for floats."""
+
+    @property
+    def kv_group_size(self) -> int:
+        """Elements of a packed row that share a scale."""
+
+    @property
+    def quantized_kv_start(self) -> int:
+        """Positions that are stored as floats first."""
+
+
+def make_cache_of(model: LanguageModel[Cache], options: CacheOptions) -> list[Cache]:
+    """The empty cache that the options ask for; InvalidRequestError for one that the model cannot serve."""
+    if options.kv_bits is None:
+        return model.make_cache(max_kv_size=options.max_kv_size)
+    return model.make_cache(
+        max_kv_size=options.max_kv_size,
+        row_format=QuantizedRows(options.kv_bits, options.kv_group_size),
+        float_until=options.quantized_kv_start,
+    )
 
 
 def run_sequences(

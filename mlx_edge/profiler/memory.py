@@ -61,12 +61,20 @@ def peak_resident_bytes() -> int:
 
     There `ru_maxrss`, which is a hundred times as fast to read, begins with what the parent process had.
     """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+    status = read_status()
+    if not status:
         return sample_memory().peak_resident
-    own = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return max(1024 * int(next(own, "0")), resident_bytes() or 0)
+    return max(status.get("VmHWM", 0), resident_bytes() or 0)
+
+
+def read_status(process: int | str = "self") -> dict[str, int]:
+    """The sizes that Linux tells of a process by their names, in bytes; empty elsewhere, and for one that is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    rows = (line.split() for line in lines if line.endswith(" kB"))
+    return {row[0].rstrip(":"): 1024 * int(row[1]) for row in rows}
 
 
 def _resident_on_macos(process: int) -> int | None:

@@ -86,7 +86,10 @@ class Models:
         """The model of that name, the first one for None. Raises: ApiError 404."""
         if name is None or name in DEFAULT_NAMES:
             return self._settings.models[0]
-        known = self.known()
+        named = next((model for model in self._settings.models if model.name == name), None)
+        if named is not None:
+            return named
+        known = self.known()  # looks into --model-dir
         if name not in known:
             raise unknown_model(name, list(known))
         return known[name]
