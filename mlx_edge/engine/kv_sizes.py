@@ -83,9 +83,11 @@ class PagedSizes:
         everything = -(-positions // PAGE)
         if self.window is None:
             return everything
-        # The window behind a slice's first query, a page before it for rejected drafts, the slice itself, a spare.
-        slice_rows = min(step_rows, SLICE)
-        held = -(-(self.window + slice_rows) // PAGE) + 3
+        # What `KVStore::prepare` leaves: the window behind a slice's first query and the slice, wherever in a page they
+        # begin (a chunk shared with another prompt begins anywhere), and a page before them for rejected drafts. Pages
+        # that were given back are taken first, so none is spare when the most are held.
+        seen = self.window - 1 + min(step_rows, SLICE)
+        held = -(-(seen - 1) // PAGE) + 1 + 1
         return min(everything, held + -(-self.keep // PAGE))
 
 

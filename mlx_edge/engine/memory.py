@@ -13,6 +13,7 @@ from mlx_edge.cache import MAX_HEAD_DIM, QuantizedRows
 from mlx_edge.engine.budget import largest
 from mlx_edge.engine.kv_sizes import SLICE, ArraySizes, LayerCacheSizes, PagedSizes, RowSizes
 from mlx_edge.engine.machine import private_bytes
+from mlx_edge.engine.scheduler import SMALL_STEP
 from mlx_edge.engine.weight_sizes import Backend, WeightSizes, measure_weights
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.config import ModelConfig
@@ -158,7 +159,7 @@ class MemoryModel:
         """What one sequence of so many positions reserves at most, all layers, and the host's lists of its tokens."""
         if positions <= 0:
             return 0
-        rows = min(self.options.prefill_chunk, positions)
+        rows = min(max(self.options.prefill_chunk, SMALL_STEP), positions)  # drafts beside a token
         own = sum(layer.num_bytes(positions, rows) for layer in self.layers)
         own += TOKEN_BYTES * positions
         return own + (self.draft.kv_bytes(positions) if self.draft else 0)
@@ -186,8 +187,12 @@ class MemoryModel:
         return max(self.base_peak_bytes, running + self.largest_step_bytes(context, batch_size))
 
     def largest_step_bytes(self, context: int, batch_size: int) -> int:
-        """The largest step on the way there: a chunk of prompts beside a token of each other sequence."""
-        rows = min(self.options.prefill_chunk, batch_size * context) + batch_size - 1
+        """The largest step on the way there: a chunk of prompts beside a token of each other sequence.
+
+        A context's last token is chosen and never read, so a sequence brings one fewer at most.
+        """
+        readable = batch_size * max(1, context - 1)
+        rows = min(self.options.prefill_chunk + batch_size - 1, readable)
         return self.step_bytes(rows, batch_size, context)
 
     def standing(self) -> dict[str, int]:

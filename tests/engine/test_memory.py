@@ -56,17 +56,23 @@ def test_pages_are_counted_to_the_byte(dim: int, bits: int, positions: int) -> N
 
 
 @needs_kernels
-@pytest.mark.parametrize(("window", "keep"), [(20, 0), (100, 4), (300, 4)])
-@pytest.mark.parametrize("length", [1, 7, 200])
-def test_pages_of_a_window_stay_below_the_sum_and_near_it(
+@pytest.mark.parametrize(("window", "keep"), [(1, 0), (20, 0), (65, 0), (100, 4), (508, 70)])
+@pytest.mark.parametrize("length", [1, 7, 64, 256])
+def test_pages_of_a_window_are_the_most_that_steps_anywhere_reserve(
     window: int, keep: int, length: int
 ) -> None:
-    cache = PagedKVCache(dtype=mx.float16, window=window, keep=keep)
-    reserved = fill(cache, 2, 64, [length] * (1400 // length))
-    sizes = PagedSizes(RowSizes(2, 64, 2), window, keep)
-    counted = sizes.num_bytes(1400, length)
-    page = RowSizes(2, 64, 2).page_bytes
-    assert reserved <= counted <= reserved + 4 * (page + ALLOCATION_BYTES)
+    first_lengths = (
+        [0] if length < 64 else [0, 1, 18, 58, 62, 63]
+    )  # where the later steps begin in a page
+    most = 0
+    for first in first_lengths:
+        cache = PagedKVCache(dtype=mx.float16, window=window, keep=keep)
+        lengths = [first] * (first > 0) + [length] * ((1100 - first) // length)
+        most = max(most, fill(cache, 2, 64, lengths))
+    rows = RowSizes(2, 64, 2)
+    counted = PagedSizes(rows, window, keep).num_bytes(1100, length)
+    pages = most // rows.page_bytes
+    assert counted == pages * (rows.page_bytes + ALLOCATION_BYTES)
 
 
 @needs_kernels
@@ -166,6 +172,23 @@ def test_more_of_anything_needs_more() -> None:
         model_of(kv_bits=4).kv_bytes(512) < model_of(kv_bits=8).kv_bytes(512) < memory.kv_bytes(512)
     )
     assert model_of(max_kv_size=64, prefill_chunk=32).kv_bytes(512) < memory.kv_bytes(512)
+
+
+@pytest.mark.parametrize(
+    ("context", "batch_size", "rows"),
+    [(128, 1, 127), (1, 1, 1), (513, 1, 512), (4096, 1, 512), (128, 3, 381), (4096, 4, 515)],
+)
+def test_the_last_token_of_a_context_is_in_no_step(
+    context: int, batch_size: int, rows: int
+) -> None:
+    memory = model_of(prefill_chunk=512)
+    expected = memory.step_bytes(rows, batch_size, context)
+    assert memory.largest_step_bytes(context, batch_size) == expected
+
+
+def test_a_chunk_below_the_rows_of_drafts_counts_these() -> None:
+    few, more = (model_of(max_kv_size=69, prefill_chunk=rows) for rows in (1, 16))
+    assert few.kv_bytes(512) == more.kv_bytes(512)
 
 
 def test_a_draft_model_adds_its_weights_and_its_caches() -> None:
