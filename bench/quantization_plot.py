@@ -12,6 +12,7 @@ import matplotlib  # type: ignore[import-not-found]
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D  # type: ignore[import-not-found]
 
 COLORS = {
     "rtn": "#8d8d8d",
@@ -19,30 +20,35 @@ COLORS = {
     "awq": "#30638e",
     "dwq": "#3c8d5a",
     "smooth": "#edae49",
-    "mx": "#7b5ea7",
-    "nv": "#7b5ea7",
+    "mx, nv": "#7b5ea7",
+    "mixed, int8": "#444444",
 }
 
 
-def color(name: str) -> str:
-    """One for each method; those of the microscaling formats are one."""
-    return next((shade for word, shade in COLORS.items() if name.startswith(word)), "#444444")
+def method(name: str) -> str:
+    """Whose color a format has; those of the microscaling formats are one."""
+    words = (word for word in COLORS if name.startswith(tuple(word.split(", "))))
+    return next(words, "mixed, int8")
 
 
 def draw_front(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
-    """A dot per format over its bits per weight, and the line of those that nothing beats."""
+    """A dot per format over its bits per weight; those that nothing beats are joined by a line, and named."""
     least = float("inf")
     front = []
     for row in sorted(rows, key=lambda row: (row["bits_per_weight"], row[key])):
+        axes.plot(row["bits_per_weight"], row[key], "o", color=COLORS[method(row["name"])])
         if row[key] < least:
             least = row[key]
-            front.append((row["bits_per_weight"], row[key]))
-    axes.step(*zip(*front, strict=True), where="post", color="#cccccc", linewidth=1.5, zorder=0)
-    for index, row in enumerate(rows):
-        place = (row["bits_per_weight"], row[key])
-        axes.plot(*place, "o", color=color(row["name"]), markersize=5)
-        below = -8 if index % 2 else 5
-        axes.annotate(row["name"], place, (4, below), textcoords="offset points", size=6)
+            front.append(row)
+    places = [(row["bits_per_weight"], row[key]) for row in front]
+    axes.step(*zip(*places, strict=True), where="post", color="#cccccc", linewidth=1.5, zorder=0)
+    for row, place in zip(front, places, strict=True):
+        axes.annotate(row["name"], place, (6, -3), textcoords="offset points", size=7)
+    axes.margins(0.25, 0.12)
+    used = {method(row["name"]) for row in rows}
+    dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[name]) for name in COLORS]
+    shown = [(dot, name) for dot, name in zip(dots, COLORS, strict=True) if name in used]
+    axes.legend(*zip(*shown, strict=True), fontsize=7)
     axes.set_xlabel("bits per weight, scales counted")
 
 
@@ -65,7 +71,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes, (name, rates) in zip(grid[-1], speeds, strict=False):
         for index, (case, rate) in enumerate(reversed(rates.items())):
             low, high = rate["spread"]
-            axes.barh(index, rate["ratio"], color=color(case))
+            axes.barh(index, rate["ratio"], color=COLORS[method(case)])
             axes.plot([low, high], [index, index], color="#222222", linewidth=1.5)
             axes.annotate(
                 f"{rate['tokens_per_s']:.0f}/s",

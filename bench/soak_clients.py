@@ -5,10 +5,12 @@ sends a prompt whose answer is known, and checks every byte of it. Knows nothing
 """
 
 import asyncio
+import base64
 import contextlib
 import json
 import random
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -146,6 +148,19 @@ async def send_bad_text(target: Target, chance: random.Random) -> int | None:
         return await status(reader)
 
 
+async def send_bad_image(target: Target, chance: random.Random) -> int | None:
+    """An image that is an address, no base64, cut short, a claim of 900 megapixels, or megabytes of nothing."""
+    head = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+    files = (head, head + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0), bytes(3 * MEGABYTE))
+    urls = ["http://127.0.0.1:9/x.png", "data:image/png;base64,@@@@"]
+    urls += [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
+    part = {"type": "image_url", "image_url": {"url": chance.choice(urls)}}
+    fields = {"model": target.model, "messages": [{"role": "user", "content": [part]}]}
+    async with connected(target) as (reader, writer):
+        writer.write(make_post(target.host, target.port, "/v1/chat/completions", fields))
+        return await status(reader)
+
+
 async def send_much(target: Target, chance: random.Random) -> int | None:
     """A prompt of 10 MB."""
     async with connected(target) as (reader, writer):
@@ -179,5 +194,6 @@ HOSTILE: Sequence[tuple[Visit, int, float]] = (
     (send_half, 4, 0.1),
     (lie_about_length, 3, 0.1),
     (send_bad_text, 2, 0.2),
+    (send_bad_image, 1, 1.0),
     (send_much, 1, 3.0),
 )

@@ -1,6 +1,7 @@
 // Attention over the pages of a KV store, and storing into them. Included by isa.cpp, once for each instruction set.
 //
-//   y = sum_p softmax_p(scale * q . k_p) v_p over the positions p that a query sees
+//   y = sum_p softmax_p(scale * q . k_p) v_p over the positions p that a query sees; scores may be capped, and a sink may be
+//   one score more, without a value
 //
 // Pages are met in order; each query carries its own running maximum, sum of weights and weighted sum of values, so that no
 // score matrix exists. Per page two small products, tiles of queries x vectors: scores from turned keys, results from values.
@@ -13,6 +14,7 @@
 #include "kernels.h"
 #include "simd.h"
 #include "store_format.h"
+#include "vector.h"
 
 namespace mlx_edge::MLX_EDGE_ISA {
 
@@ -119,14 +121,14 @@ struct Sight {
 // At most QUERIES queries on their way through the pages.
 class Attention {
  public:
-  Attention(const KVStore& kv, int row, int head, int count, const float* const* q, const int* positions, float scale,
-            int window)
-      : kv_(kv), row_(row), head_(head), count_(count), stride_((kv.head_dim() + DIMS - 1) / DIMS * DIMS) {
+  Attention(const KVStore& kv, int row, int head, int count, const float* const* q, const int* positions,
+            const ScoreRule& rule, const float* sinks)
+      : kv_(kv), row_(row), head_(head), count_(count), softcap_(rule.softcap), stride_((kv.head_dim() + DIMS - 1) / DIMS * DIMS) {
     for (int i = 0; i < count; i++) {
-      sights_[i] = Sight(positions[i], window, kv.window(), kv.keep());
-      largest_[i] = -INFINITY;
-      weight_sums_[i] = 0.0f;
-      for (int d = 0; d < kv.head_dim(); d++) queries_[i * stride_ + d] = q[i][d] * scale;
+      sights_[i] = Sight(positions[i], rule.window, kv.window(), kv.keep());
+      largest_[i] = sinks ? sinks[i] : -INFINITY;  // a sink is a score that was met before all others
+      weight_sums_[i] = sinks ? 1.0f : 0.0f;
+      for (int d = 0; d < kv.head_dim(); d++) queries_[i * stride_ + d] = q[i][d] * rule.scale;
       for (int d = 0; d < stride_; d++) results_[i * stride_ + d] = 0.0f;
     }
   }
@@ -219,6 +221,8 @@ class Attention {
   // Scores of slots [begin, end) become weights, relative to the query's largest score so far; returns the factor for all that
   // was gathered before.
   float weigh(int query, const Slots& seen, int begin, int end, float* scores) {
+    if (softcap_ > 0.0f)
+      for (int p = begin; p < end; p += WIDTH) store(scores + p, cap_of(load(scores + p), softcap_));
     hide(scores, begin, seen.first_kept);
     hide(scores, seen.kept > begin ? seen.kept : begin, seen.begin);
     hide(scores, seen.last(), end);
@@ -252,7 +256,9 @@ class Attention {
   }
 
   const KVStore& kv_;
-  const int row_, head_, count_, stride_;
+  const int row_, head_, count_;
+  const float softcap_;
+  const int stride_;
   Ahead ahead_{};
   Sight sights_[QUERIES];
   float largest_[QUERIES], weight_sums_[QUERIES];
@@ -264,10 +270,10 @@ class Attention {
 };
 
 inline void attend(const KVStore& kv, int row, int head, int count, const float* const* q, float* const* y,
-                   const int* positions, float scale, int window) {
+                   const int* positions, const ScoreRule& rule, const float* sinks) {
   for (int i = 0; i < count; i += QUERIES) {
     const int num = count - i < QUERIES ? count - i : QUERIES;
-    Attention attention(kv, row, head, num, q + i, positions + i, scale, window);
+    Attention attention(kv, row, head, num, q + i, positions + i, rule, sinks ? sinks + i : nullptr);
     attention.run();
     attention.finish(y + i);
   }

@@ -8,32 +8,16 @@
 #include <stdexcept>
 #include <string>
 
+#include "half.h"
 #include "pool.h"
 #include "products.h"
+#include "residual.h"
 
 namespace mlx_edge {
 namespace {
 
-constexpr int COLUMNS = 128;    // of the MLP shared out at once: whole groups of any size
 constexpr int ELEMENTS = 8192;  // of a long vector shared out at once
 constexpr int QUERY_TILE = 64;  // queries that attend together: what a page is converted for
-
-// Calls work(first row, count) for slices of `num_rows`.
-template <class Work>
-void in_slices(int num_rows, Work&& work) {
-  for (int begin = 0; begin < num_rows; begin += SLICE) work(begin, std::min(SLICE, num_rows - begin));
-}
-
-float* norm_rows(Pool& pool, Workspace& space, const Norm& norm, const float* x, int count) {
-  const int size = static_cast<int>(norm.weight.size());
-  float* h = space.normed.take(static_cast<size_t>(count) * size);
-  pool.run(count, piece_of(pool, count), [&](int begin, int end) {
-    for (int m = begin; m < end; m++)
-      kernels().rms_norm(x + static_cast<size_t>(m) * size, norm.weight.data(), norm.eps,
-                         h + static_cast<size_t>(m) * size, size);
-  });
-  return h;
-}
 
 // A run of positions of one sequence inside a slice.
 struct Span {
@@ -43,6 +27,8 @@ struct Span {
   int position;  // of that row
   int count;     // rows, padding included
   int stored;    // of them, those that are real
+  int shift;     // from positions to where rope turns
+  int step_row;  // of the whole step, that it begins at
 };
 
 std::vector<Span> spans_of(const Stores& stores, const Step& step, int begin, int count) {
@@ -53,7 +39,8 @@ std::vector<Span> spans_of(const Stores& stores, const Step& step, int begin, in
     const int first = std::max(at, begin), end = std::min(at + width, begin + count), column = first - at;
     if (first < end)
       spans.push_back({step.is_ragged ? stores[b] : stores[0], step.is_ragged ? 0 : b, first - begin,
-                       step.starts[b] + column, end - first, std::clamp(step.lengths[b] - column, 0, end - first)});
+                       step.starts[b] + column, end - first, std::clamp(step.lengths[b] - column, 0, end - first),
+                       step.shifts.empty() ? 0 : step.shifts[b], first});
     at += width;
   }
   return spans;
@@ -62,14 +49,16 @@ std::vector<Span> spans_of(const Stores& stores, const Step& step, int begin, in
 // One slice of rows on its way through an attention layer: q, k and v heads side by side in a row of `heads`.
 class AttentionSlice {
  public:
-  AttentionSlice(const AttentionLayer& layer, Pool& pool, Workspace& space, std::vector<Span> spans, float* heads,
-                 float* attended)
-      : layer_(layer), pool_(pool), space_(space), spans_(std::move(spans)), heads_(heads), attended_(attended) {}
+  AttentionSlice(const AttentionLayer& layer, Pool& pool, Workspace& space, const Step& step, std::vector<Span> spans,
+                 float* heads, float* attended)
+      : layer_(layer), pool_(pool), space_(space), step_(step), spans_(std::move(spans)), heads_(heads),
+        attended_(attended) {}
 
   void run() {
     for (const Span& span : spans_)
       if (span.stored) span.kv->prepare(span.row, span.position, span.stored);
     make_angles();
+    if (is_wide(layer_.q_norm) || is_wide(layer_.k_norm)) norm_all_heads();
     const int num_heads = layer_.num_kv_heads, total = static_cast<int>(spans_.size()) * num_heads;
     const bool is_decode = std::all_of(spans_.begin(), spans_.end(), [](const Span& span) { return span.count == 1; });
     pool_.run(total, 1, [&](int begin, int end) {
@@ -90,6 +79,28 @@ class AttentionSlice {
   float* key(int m, int head) const { return query(m, layer_.num_heads + head); }
   float* value(int m, int head) const { return key(m, layer_.num_kv_heads + head); }
 
+  bool is_wide(const std::optional<Norm>& norm) const {
+    return norm && norm->weight.size() > static_cast<size_t>(layer_.head_dim);
+  }
+
+  // Norms that are as wide as all heads together.
+  void norm_all_heads() const {
+    const int count = spans_.back().first + spans_.back().count;
+    pool_.run(count, piece_of(pool_, count), [&](int begin, int end) {
+      for (int m = begin; m < end; m++)
+        for (const auto& [norm, to] : {std::pair{&layer_.q_norm, query(m, 0)}, std::pair{&layer_.k_norm, key(m, 0)}})
+          if (is_wide(*norm))
+            kernels().rms_norm(to, (*norm)->weight.data(), (*norm)->eps, to, static_cast<int>((*norm)->weight.size()));
+    });
+  }
+
+  // Where rope turns a pair of row i of a span.
+  double turn_of(const Span& span, int i, size_t pair) const {
+    if (step_.turns.empty()) return span.position + i + span.shift;
+    const int axis = layer_.rope->axes.empty() ? 0 : layer_.rope->axes[pair];
+    return step_.turns[static_cast<size_t>(axis) * step_.num_rows() + span.step_row + i];
+  }
+
   // Cosines and sines of every row's position; the angle in double, since a float has 1e-4 left at position 2000.
   void make_angles() {
     if (!layer_.rope) return;
@@ -103,7 +114,7 @@ class AttentionSlice {
         for (int i = 0; i < spans_[s].stored; i++) {
           const size_t at = (spans_[s].first + i) * half;
           for (size_t pair = 0; pair < half; pair++) {
-            const double angle = (spans_[s].position + i) / static_cast<double>(rope.periods[pair]);
+            const double angle = turn_of(spans_[s], i, pair) / static_cast<double>(rope.periods[pair]);
             cosines_[at + pair] = static_cast<float>(std::cos(angle)) * rope.magnitude;
             sines_[at + pair] = static_cast<float>(std::sin(angle)) * rope.magnitude;
           }
@@ -112,7 +123,7 @@ class AttentionSlice {
   }
 
   void turn(float* head, int m, const std::optional<Norm>& norm) const {
-    if (norm) kernels().rms_norm(head, norm->weight.data(), norm->eps, head, layer_.head_dim);
+    if (norm && !is_wide(norm)) kernels().rms_norm(head, norm->weight.data(), norm->eps, head, layer_.head_dim);
     if (!layer_.rope) return;
     const Rope& rope = *layer_.rope;
     const size_t at = static_cast<size_t>(m) * rope.periods.size();
@@ -151,7 +162,8 @@ class AttentionSlice {
     thread_local std::vector<const float*> queries;
     thread_local std::vector<float*> results;
     thread_local std::vector<int> positions;
-    queries.clear(), results.clear(), positions.clear();
+    thread_local std::vector<float> sinks;
+    queries.clear(), results.clear(), positions.clear(), sinks.clear();
     const int width = layer_.num_heads * layer_.head_dim;
     for (int i = first; i < first + count; i++)
       for (int g = 0; g < group(); g++) {
@@ -159,14 +171,17 @@ class AttentionSlice {
         queries.push_back(query(m, h));
         results.push_back(attended_ + static_cast<size_t>(m) * width + h * layer_.head_dim);
         positions.push_back(i < span.stored ? span.position + i : -1);
+        if (!layer_.sinks.empty()) sinks.push_back(layer_.sinks[h]);
       }
     kernels().attend(*span.kv, span.row, head, static_cast<int>(queries.size()), queries.data(), results.data(),
-                     positions.data(), layer_.scale, layer_.window);
+                     positions.data(), {layer_.scale, layer_.window, layer_.softcap},
+                     sinks.empty() ? nullptr : sinks.data());
   }
 
   const AttentionLayer& layer_;
   Pool& pool_;
   Workspace& space_;
+  const Step& step_;
   std::vector<Span> spans_;
   float *heads_, *attended_;
   float *cosines_ = nullptr, *sines_ = nullptr;
@@ -195,6 +210,11 @@ void check_step(const AttentionLayer& layer, const Stores& stores, const Step& s
     if (step.starts[b] < 0 || step.lengths[b] < 0 || step.lengths[b] > step.width)
       throw std::invalid_argument(std::to_string(step.lengths[b]) + " positions from " + std::to_string(step.starts[b]) +
                                   " on in a step of width " + std::to_string(step.width));
+  if ((!step.shifts.empty() && step.shifts.size() != step.starts.size()) ||
+      (!step.turns.empty() && step.turns.size() != 3 * static_cast<size_t>(step.num_rows())))
+    throw std::invalid_argument("a step of " + std::to_string(count) + " sequences and " + std::to_string(step.num_rows()) +
+                                " rows with " + std::to_string(step.shifts.size()) + " shifts and " +
+                                std::to_string(step.turns.size()) + " turns on three axes");
   if (step.is_ragged && std::accumulate(step.lengths.begin(), step.lengths.end(), 0) != step.width)
     throw std::invalid_argument("the lengths of a ragged step do not add up to its width of " + std::to_string(step.width));
   for (const KVStore* kv : stores)
@@ -216,7 +236,8 @@ void attention_block(const AttentionLayer& layer, Precision precision, const Sto
   const ptrdiff_t stride = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
   in_slices(step.num_rows(), [&](int begin, int count) {
     const float* from = x + static_cast<size_t>(begin) * size;
-    const float* h = norm_rows(pool, space, layer.norm, from, count);
+    float* to = y + static_cast<size_t>(begin) * size;
+    const float* h = norm_rows(pool, space, layer.norm, from, size, count);
     float* heads = space.heads.take(count * stride);
     {
       const Input input(space.codes, h, size, count, size, precision, {layer.q.get(), layer.k.get(), layer.v.get()});
@@ -227,10 +248,11 @@ void attention_block(const AttentionLayer& layer, Precision precision, const Sto
                 {layer.v->view(), nullptr, heads + width + layer.num_kv_heads * layer.head_dim, stride}});
     }
     float* attended = space.attended.take(static_cast<size_t>(count) * width);
-    AttentionSlice(layer, pool, space, spans_of(stores, step, begin, count), heads, attended).run();
+    AttentionSlice(layer, pool, space, step, spans_of(stores, step, begin, count), heads, attended).run();
     const Input input(space.codes, attended, width, count, width, precision, {layer.o.get()});
     input.quantize_all(pool);
-    multiply(pool, input, {{layer.o->view(), from, y + static_cast<size_t>(begin) * size, size}});
+    multiply(pool, input, {{layer.o->view(), added_to(layer.ending, from), to, size}});
+    end_rows(pool, layer.ending, from, to, size, count);
   });
 }
 
@@ -241,7 +263,8 @@ void mlp_block(const MLPLayer& layer, Precision precision, const float* x, float
   const int size = layer.gate->matrix.columns, inner = layer.gate->matrix.rows;
   in_slices(num_rows, [&](int begin, int count) {
     const float* from = x + static_cast<size_t>(begin) * size;
-    const float* h = norm_rows(pool, space, layer.norm, from, count);
+    float* to = y + static_cast<size_t>(begin) * size;
+    const float* h = norm_rows(pool, space, layer.norm, from, size, count);
     float* gate = space.gate.take(static_cast<size_t>(count) * inner);
     float* up = space.up.take(static_cast<size_t>(count) * inner);
     const Input input(space.codes, h, size, count, size, precision, {layer.gate.get(), layer.up.get()});
@@ -260,7 +283,8 @@ void mlp_block(const MLPLayer& layer, Precision precision, const float* x, float
       }
       product.quantize(0, count, first, last);
     });
-    multiply(pool, product, {{layer.down->view(), from, y + static_cast<size_t>(begin) * size, size}});
+    multiply(pool, product, {{layer.down->view(), added_to(layer.ending, from), to, size}});
+    end_rows(pool, layer.ending, from, to, size, count);
   });
 }
 
@@ -268,23 +292,37 @@ void head(const HeadLayer& layer, Precision precision, const float* x, float* y,
   Pool& pool = Pool::of_process();
   const std::lock_guard turn(pool.turn());
   Workspace& space = shared_workspace();
-  const size_t size = layer.projection->matrix.columns, rows = layer.projection->matrix.rows;
+  const int size = layer.projection->matrix.columns, rows = layer.projection->matrix.rows;
+  const bool is_plain = layer.scale == 1.0f && layer.softcap == 0.0f;
   in_slices(num_rows, [&](int begin, int count) {
-    const float* h = norm_rows(pool, space, layer.norm, x + begin * size, count);
+    float* logits = y + static_cast<size_t>(begin) * rows;
+    const float* h = norm_rows(pool, space, layer.norm, x + static_cast<size_t>(begin) * size, size, count);
     const Input input(space.codes, h, size, count, size, precision, {layer.projection.get()});
     input.quantize_all(pool);
-    multiply(pool, input, {{layer.projection->view(), nullptr, y + begin * rows, static_cast<ptrdiff_t>(rows)}});
+    multiply(pool, input, {{layer.projection->view(), nullptr, logits, rows}});
+    if (is_plain) return;
+    const int pieces = (rows + ELEMENTS - 1) / ELEMENTS;
+    pool.run(count * pieces, 1, [&](int first, int last) {
+      for (int i = first; i < last; i++) {
+        const int at = i % pieces * ELEMENTS;
+        kernels().cap(logits + static_cast<size_t>(i / pieces) * rows + at, layer.scale, layer.softcap,
+                      std::min(ELEMENTS, rows - at));
+      }
+    });
   });
 }
 
-void embed(const Weight& table, const int* tokens, float* y, int num_tokens) {
+void embed(const Weight& table, float scale, const int* tokens, float* y, int num_tokens) {
   const Matrix& w = table.matrix;
+  const float factor = round_to(w.float_type, scale);  // as it was in training
   for (int i = 0; i < num_tokens; i++) {
     float* row = y + static_cast<size_t>(i) * w.columns;
     if (tokens[i] >= 0 && tokens[i] < w.rows)
       unpack_row(w, tokens[i], row);
     else
       std::fill(row, row + w.columns, std::numeric_limits<float>::quiet_NaN());
+    if (factor != 1.0f)
+      for (int k = 0; k < w.columns; k++) row[k] *= factor;
   }
 }
 

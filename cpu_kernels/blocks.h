@@ -37,27 +37,52 @@ struct Rope {
   int dims = 0;
   bool is_interleaved = false;
   float magnitude = 1;
+  std::vector<int> axes;  // of each pair: time, height or width (0, 1, 2), where a step has positions on three; or empty
+};
+
+// What becomes of a layer's output before the residual is added: y = x + scale * norm(output).
+struct Ending {
+  std::optional<Norm> norm;
+  float scale = 1;
+
+  bool is_plain() const { return !norm && scale == 1.0f; }
 };
 
 struct AttentionLayer {
-  Norm norm;
+  std::optional<Norm> norm;
   WeightPtr q, k, v, o;
   int num_heads = 0, num_kv_heads = 0, head_dim = 0;
   float scale = 0;
-  std::optional<Norm> q_norm, k_norm;
+  std::optional<Norm> q_norm, k_norm;  // of each head, or of all together where they are as wide
   std::optional<Rope> rope;
   int window = 0;  // 0: sees all
+  Ending ending;
+  float softcap = 0;         // 0: none
+  std::vector<float> sinks;  // of each head, or empty
 };
 
 struct MLPLayer {
-  Norm norm;
+  std::optional<Norm> norm;
   WeightPtr gate, up, down;
   Activation activation = Activation::silu;
+  Ending ending;
+};
+
+// Experts lie in the rows of gate, up and down one after another; those of packed weights have whole blocks of rows.
+struct MoELayer {
+  std::optional<Norm> norm;
+  WeightPtr router, gate, up, down;
+  int num_experts = 0, top_k = 0;
+  bool is_normalized = true;  // the shares of the chosen experts add up to 1
+  Activation activation = Activation::silu;
+  Ending ending;
 };
 
 struct HeadLayer {
   Norm norm;
   WeightPtr projection;
+  float scale = 1;
+  float softcap = 0;  // 0: none
 };
 
 // Where the rows of a step stand: sequence b brings lengths[b] positions, from starts[b] on. They stand in `width` rows each,
@@ -66,6 +91,8 @@ struct Step {
   std::vector<int> starts, lengths;
   int width = 0;
   bool is_ragged = false;
+  std::vector<int> shifts = {};  // of each sequence, or empty: rope turns it to its positions + shift
+  std::vector<int> turns = {};   // (3, rows) or empty: where rope turns each row in time, height and width, whatever the shifts
 
   int num_rows() const { return (is_ragged ? 1 : static_cast<int>(starts.size())) * width; }
 };
@@ -79,8 +106,14 @@ void check_step(const AttentionLayer& layer, const Stores& stores, const Step& s
 void attention_block(const AttentionLayer& layer, Precision precision, const Stores& stores, const Step& step,
                      const float* x, float* y);
 void mlp_block(const MLPLayer& layer, Precision precision, const float* x, float* y, int num_rows);
+// Throws std::invalid_argument when the experts' weights do not fit each other, or do not begin with a block of rows.
+void check_experts(const MoELayer& layer);
+void moe_block(const MoELayer& layer, Precision precision, const float* x, float* y, int num_rows);
+// Softmax attention of q over k and v (H, L, D), each run of `lengths`, which add up to L, over itself, both ways.
+void attention_within(const float* q, const float* k, const float* v, float* y, int num_heads, int length, int head_dim,
+                      const std::vector<int>& lengths, float scale);
 void head(const HeadLayer& layer, Precision precision, const float* x, float* y, int num_rows);
-void embed(const Weight& table, const int* tokens, float* y, int num_tokens);
+void embed(const Weight& table, float scale, const int* tokens, float* y, int num_tokens);
 void rms_norm(const Norm& norm, const float* x, float* y, int num_rows);
 void glu(Activation activation, const float* gate, const float* up, float* y, size_t count);
 

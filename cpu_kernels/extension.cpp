@@ -219,14 +219,42 @@ mx::array run_head(const mx::array& x, const HeldHead& held, Precision precision
   })[0];
 }
 
-mx::array run_embed(const mx::array& tokens, const HeldWeight& weight) {
+mx::array run_moe(const mx::array& x, const HeldMoE& held, Precision precision) {
+  const auto layer = held.it;
+  expect_floats("moe_block", x, layer->gate->matrix.columns);
+  const int rows = num_rows(x);
+  return make_op("moe_block", {x}, {x.shape()}, {mx::float32}, [=](const Pointers& in, const Pointers& out) {
+    moe_block(*layer, precision, reinterpret_cast<float*>(in[0]), reinterpret_cast<float*>(out[0]), rows);
+  })[0];
+}
+
+mx::array run_attention_within(const mx::array& q, const mx::array& k, const mx::array& v, const std::vector<int>& lengths,
+                               float scale) {
+  if (q.ndim() != 3 || k.shape() != q.shape() || v.shape() != q.shape() || q.shape(2) > MAX_HEAD_DIM)
+    throw std::invalid_argument("attention_within: expected q, k and v of one shape (H, L, D), D at most " +
+                                std::to_string(MAX_HEAD_DIM));
+  for (const mx::array& x : {q, k, v}) expect_floats("attention_within", x, q.shape(2));
+  const int heads = q.shape(0), length = q.shape(1), dim = q.shape(2);
+  int total = 0;
+  for (int count : lengths) {
+    if (count < 1 || count > length - total) throw std::invalid_argument("attention_within: the lengths are not those of q");
+    total += count;
+  }
+  if (total != length) throw std::invalid_argument("attention_within: the lengths do not add up to " + std::to_string(length));
+  return make_op("attention_within", {q, k, v}, {q.shape()}, {mx::float32}, [=](const Pointers& in, const Pointers& out) {
+    attention_within(reinterpret_cast<float*>(in[0]), reinterpret_cast<float*>(in[1]), reinterpret_cast<float*>(in[2]),
+                     reinterpret_cast<float*>(out[0]), heads, length, dim, lengths, scale);
+  })[0];
+}
+
+mx::array run_embed(const mx::array& tokens, const HeldWeight& weight, float scale) {
   const auto table = weight.it;
   mx::Shape shape = tokens.shape();
   shape.push_back(table->matrix.columns);
   const int count = static_cast<int>(tokens.size());
   const mx::array whole = tokens.dtype() == mx::int32 ? tokens : mx::astype(tokens, mx::int32, mx::Device(mx::Device::cpu));
   return make_op("embed", {whole}, {shape}, {mx::float32}, [=](const Pointers& in, const Pointers& out) {
-    embed(*table, reinterpret_cast<int*>(in[0]), reinterpret_cast<float*>(out[0]), count);
+    embed(*table, scale, reinterpret_cast<int*>(in[0]), reinterpret_cast<float*>(out[0]), count);
   })[0];
 }
 
@@ -277,7 +305,9 @@ NB_MODULE(_cpu, m) {
   m.def("read", &run_read, "kv"_a, "ticket"_a.none(), "start"_a, "count"_a);
   m.def("mlp_block", &run_mlp, "x"_a, "layer"_a, "precision"_a);
   m.def("head", &run_head, "x"_a, "layer"_a, "precision"_a);
-  m.def("embed", &run_embed, "tokens"_a, "table"_a);
+  m.def("moe_block", &run_moe, "x"_a, "layer"_a, "precision"_a);
+  m.def("attention_within", &run_attention_within, "q"_a, "k"_a, "v"_a, "lengths"_a, "scale"_a);
+  m.def("embed", &run_embed, "tokens"_a, "table"_a, "scale"_a = 1.0f);
   m.def("rms_norm", &run_rms_norm, "x"_a, "norm"_a);
   m.def("glu", &run_glu, "gate"_a, "up"_a, "activation"_a);
   m.def("log_softmax", &run_log_softmax, "x"_a);

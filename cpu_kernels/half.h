@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "matrix.h"
+
 namespace mlx_edge {
 
 inline float bits_to_float(uint32_t bits) {
@@ -39,6 +41,18 @@ inline uint16_t float_to_f16(float x) {
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(std::fabs(x), 24))));
   const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+}
+
+// Rounds to nearest, ties to even.
+inline uint16_t float_to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// x as the type holds it.
+inline float round_to(Float type, float x) {
+  if (type == Float::f32) return x;
+  return type == Float::f16 ? f16_to_float(float_to_f16(x)) : bf16_to_float(float_to_bf16(x));
 }
 
 }  // namespace mlx_edge

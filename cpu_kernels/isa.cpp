@@ -1,5 +1,6 @@
 // The kernels of one instruction set: this file is compiled once for each, with MLX_EDGE_ISA naming it (simd.h).
 #include "attention.h"
+#include "attention_run.h"
 #include "linear.h"
 #include "softmax.h"
 #include "vector.h"
@@ -19,11 +20,14 @@ const Kernels kernels = {
     .rms_norm = rms_norm,
     .glu = glu,
     .rotate = rotate,
+    .cap = cap,
     .argmax = argmax,
     .largest = largest,
     .sum_exp = sum_exp,
     .append = append,
     .attend = attend,
+    .turn_keys = turn_keys,
+    .attend_run = attend_run,
 };
 
 }  // namespace mlx_edge::MLX_EDGE_ISA

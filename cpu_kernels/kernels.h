@@ -13,7 +13,17 @@
 namespace mlx_edge {
 
 enum class Precision : int { int8 = 0, floating = 1 };
-enum class Activation : int { silu = 0, gelu_tanh = 1 };
+enum class Activation : int { silu = 0, gelu_tanh = 1, swiglu_oai = 2 };
+
+constexpr int RUN_KEYS = 64;     // of attention inside runs: keys that a tile of queries meets together
+constexpr int RUN_QUERIES = 48;  // the most queries of a call
+
+// What becomes of a score, and who is seen.
+struct ScoreRule {
+  float scale;
+  int window;         // the layer's; 0 or less: all
+  float softcap = 0;  // scores become softcap * tanh(score / softcap); 0: they stay
+};
 
 // The rows that are multiplied: as floats, and as int8 codes per group when a quantized weight takes them so.
 // The codes' layout is private to the instruction set (linear.h): tiles of rows side by side.
@@ -47,6 +57,8 @@ struct Kernels {
   void (*glu)(Activation activation, const float* gate, const float* up, float* y, int n);
   // Turns one head of `dims` (of D) in place by cos and sin (dims / 2 each); pairs (i, i + dims / 2) or (2i, 2i + 1).
   void (*rotate)(float* head, const float* cos, const float* sin, int dims, bool is_interleaved);
+  // x = scale * x over n elements, then softcap * tanh(x / softcap) where softcap is not 0.
+  void (*cap)(float* x, float scale, float softcap, int n);
   // Index of the largest of n; the first one when several are equal, NaN never wins.
   int (*argmax)(const float* x, int n);
 
@@ -60,11 +72,18 @@ struct Kernels {
   void (*append)(KVStore& kv, int row, int head, int start, int count, const float* keys, const float* values,
                  ptrdiff_t stride);
   // Attention of `count` queries (D) of one row of the batch that share one kv head: query i stands at positions[i] and
-  // sees positions p with positions[i] - window < p <= positions[i] (the layer's window; 0 or less: all), as far as the store
-  // has them: those in kv.window(), and those below kv.keep(). A position of -1 sees nothing and gives zeros. A query's
-  // result does not depend on its neighbours in the call.
+  // sees positions p with positions[i] - window < p <= positions[i], as far as the store has them: those in kv.window(), and
+  // those below kv.keep(). A position of -1 sees nothing and gives zeros. `sinks` (count), or null: a score more for each
+  // query, of a value of zeros. A query's result does not depend on its neighbours in the call.
   void (*attend)(const KVStore& kv, int row, int head, int count, const float* const* q, float* const* y,
-                 const int* positions, float scale, int window);
+                 const int* positions, const ScoreRule& rule, const float* sinks);
+
+  // Turns at most RUN_KEYS keys (count, D) into (D, RUN_KEYS), zeros behind them.
+  void (*turn_keys)(const float* keys, int count, int dim, float* to);
+  // Attention of at most RUN_QUERIES queries (count, D) over all keys of a run, in blocks that were turned, and its values
+  // (num_keys, stride), stride a multiple of DIMS: y (count, D).
+  void (*attend_run)(const float* q, int count, const float* turned, const float* values, int stride, int num_keys, int dim,
+                     float scale, float* y);
 };
 
 // The best table for this machine, or the one named by MLX_EDGE_CPU_ISA; null when the named one cannot run here.

@@ -64,6 +64,29 @@ const Rows& Input::rows_for(const Matrix& w) const {
   return plain_;
 }
 
+namespace {
+
+// Codes of a part begin where those of its first row would: all of a row's numbers are as many, whatever the tile.
+Rows part_of(Rows rows, int first, int count) {
+  rows.values += first * rows.stride;
+  rows.count = count;
+  if (!rows.codes) return rows;
+  const ptrdiff_t numbers = static_cast<ptrdiff_t>(first) * (rows.columns / rows.group_size);
+  rows.codes += static_cast<ptrdiff_t>(first) * rows.columns;
+  rows.scales += numbers, rows.sums += numbers;
+  return rows;
+}
+
+}  // namespace
+
+Rows Input::part_for(const Matrix& w, int first, int count) const { return part_of(rows_for(w), first, count); }
+
+void Input::quantize_part(int first, int count, int begin, int end, int first_column, int last_column) const {
+  for (const Rows& rows : coded_)
+    kernels().quantize(part_of(rows, first, count), begin, end, first_column / rows.group_size,
+                       last_column / rows.group_size);
+}
+
 void multiply(Pool& pool, const Input& input, const std::vector<Product>& products) {
   int total = 0;
   for (const Product& product : products) total += num_blocks(product.weight);

@@ -1,6 +1,7 @@
 // Rows times weights over the pool: activations made ready once, several weights in one region.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "blocks.h"
@@ -9,7 +10,14 @@
 
 namespace mlx_edge {
 
-constexpr int SLICE = 256;  // rows that go through a block at once
+constexpr int SLICE = 256;    // rows that go through a block at once
+constexpr int COLUMNS = 128;  // of an MLP shared out at once: whole groups of any size
+
+// Calls work(first row, count) for slices of `num_rows`.
+template <class Work>
+void in_slices(int num_rows, Work&& work) {
+  for (int begin = 0; begin < num_rows; begin += SLICE) work(begin, std::min(SLICE, num_rows - begin));
+}
 
 const Kernels& kernels();       // of this machine, or those of MLX_EDGE_CPU_ISA
 Workspace& shared_workspace();  // of whoever holds the pool's turn
@@ -26,6 +34,10 @@ class Input {
   void quantize_all(Pool& pool) const;
 
   const Rows& rows_for(const Matrix& w) const;
+  // The same for a part of the rows that are codes by themselves, which `quantize_part` makes.
+  Rows part_for(const Matrix& w, int first, int count) const;
+  // Codes of rows [begin, end) of the part, columns [first_column, last_column); whole groups. Any thread.
+  void quantize_part(int first, int count, int begin, int end, int first_column, int last_column) const;
   int count() const { return plain_.count; }
 
  private:

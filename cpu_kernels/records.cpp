@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <mutex>
 #include <stdexcept>
 #include <utility>
@@ -103,7 +104,8 @@ void bind_weights(nb::module_& m) {
   nb::enum_<Precision>(m, "Precision").value("int8", Precision::int8).value("floating", Precision::floating);
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::silu)
-      .value("gelu_tanh", Activation::gelu_tanh);
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("swiglu_oai", Activation::swiglu_oai);
   nb::enum_<KVFormat>(m, "KVFormat")
       .value("f32", KVFormat::f32)
       .value("f16", KVFormat::f16)
@@ -143,10 +145,18 @@ void bind_weights(nb::module_& m) {
             new (self) Held<const Norm>{std::make_shared<const Norm>(Norm{std::move(weight), eps})};
           },
           "weight"_a, "eps"_a);
-  nb::class_<Rope>(m, "Rope").def(nb::init<std::vector<float>, int, bool, float>(), "periods"_a, "dims"_a,
-                                  "is_interleaved"_a, "magnitude"_a);
-  nb::class_<Step>(m, "Step").def(nb::init<std::vector<int>, std::vector<int>, int, bool>(), "starts"_a, "lengths"_a,
-                                  "width"_a, "is_ragged"_a = false);
+  nb::class_<Rope>(m, "Rope").def(
+      "__init__",
+      [](Rope* self, std::vector<float> periods, int dims, bool is_interleaved, float magnitude, std::vector<int> axes) {
+        const auto is_axis = [](int axis) { return axis >= 0 && axis < 3; };
+        if (!axes.empty() && (axes.size() != periods.size() || !std::all_of(axes.begin(), axes.end(), is_axis)))
+          throw std::invalid_argument("axes: expected 0, 1 or 2 for each of " + std::to_string(periods.size()) + " pairs");
+        new (self) Rope{std::move(periods), dims, is_interleaved, magnitude, std::move(axes)};
+      },
+      "periods"_a, "dims"_a, "is_interleaved"_a, "magnitude"_a, "axes"_a = std::vector<int>{});
+  nb::class_<Step>(m, "Step").def(
+      nb::init<std::vector<int>, std::vector<int>, int, bool, std::vector<int>, std::vector<int>>(), "starts"_a, "lengths"_a,
+      "width"_a, "is_ragged"_a = false, "shifts"_a = std::vector<int>{}, "turns"_a = std::vector<int>{});
 }
 
 void bind_layers(nb::module_& m) {
@@ -155,30 +165,50 @@ void bind_layers(nb::module_& m) {
   nb::class_<HeldAttention>(m, "AttentionLayer")
       .def(
           "__init__",
-          [value_of](HeldAttention* self, const Held<const Norm>& norm, const HeldWeight& q, const HeldWeight& k,
-                     const HeldWeight& v, const HeldWeight& o, int num_heads, int num_kv_heads, int head_dim, float scale,
-                     MaybeNorm q_norm, MaybeNorm k_norm, std::optional<Rope> rope, int window) {
-            new (self) HeldAttention{std::make_shared<const AttentionLayer>(
-                AttentionLayer{*norm.it, q.it, k.it, v.it, o.it, num_heads, num_kv_heads, head_dim, scale, value_of(q_norm),
-                               value_of(k_norm), std::move(rope), window})};
+          [value_of](HeldAttention* self, MaybeNorm norm, const HeldWeight& q, const HeldWeight& k, const HeldWeight& v,
+                     const HeldWeight& o, int num_heads, int num_kv_heads, int head_dim, float scale, MaybeNorm q_norm,
+                     MaybeNorm k_norm, std::optional<Rope> rope, int window, MaybeNorm post_norm, float residual_scale,
+                     float softcap, std::vector<float> sinks) {
+            if (!sinks.empty() && sinks.size() != static_cast<size_t>(num_heads))
+              throw std::invalid_argument("sinks: expected one for each of " + std::to_string(num_heads) + " heads");
+            new (self) HeldAttention{std::make_shared<const AttentionLayer>(AttentionLayer{
+                value_of(norm), q.it, k.it, v.it, o.it, num_heads, num_kv_heads, head_dim, scale, value_of(q_norm),
+                value_of(k_norm), std::move(rope), window, {value_of(post_norm), residual_scale}, softcap,
+                std::move(sinks)})};
           },
-          "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a,
-          "q_norm"_a.none(), "k_norm"_a.none(), "rope"_a.none(), "window"_a);
+          "norm"_a.none(), "q"_a, "k"_a, "v"_a, "o"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a,
+          "q_norm"_a.none(), "k_norm"_a.none(), "rope"_a.none(), "window"_a, "post_norm"_a.none() = nb::none(),
+          "residual_scale"_a = 1.0f, "softcap"_a = 0.0f, "sinks"_a = std::vector<float>{});
   nb::class_<HeldMLP>(m, "MLPLayer")
       .def(
           "__init__",
-          [](HeldMLP* self, const Held<const Norm>& norm, const HeldWeight& gate, const HeldWeight& up,
-             const HeldWeight& down, Activation activation) {
-            new (self) HeldMLP{std::make_shared<const MLPLayer>(MLPLayer{*norm.it, gate.it, up.it, down.it, activation})};
+          [value_of](HeldMLP* self, MaybeNorm norm, const HeldWeight& gate, const HeldWeight& up, const HeldWeight& down,
+                     Activation activation, MaybeNorm post_norm, float residual_scale) {
+            new (self) HeldMLP{std::make_shared<const MLPLayer>(
+                MLPLayer{value_of(norm), gate.it, up.it, down.it, activation, {value_of(post_norm), residual_scale}})};
           },
-          "norm"_a, "gate"_a, "up"_a, "down"_a, "activation"_a);
+          "norm"_a.none(), "gate"_a, "up"_a, "down"_a, "activation"_a, "post_norm"_a.none() = nb::none(),
+          "residual_scale"_a = 1.0f);
+  nb::class_<HeldMoE>(m, "MoELayer")
+      .def(
+          "__init__",
+          [value_of](HeldMoE* self, MaybeNorm norm, const HeldWeight& router, const HeldWeight& gate, const HeldWeight& up,
+                     const HeldWeight& down, int num_experts, int top_k, bool is_normalized, Activation activation,
+                     MaybeNorm post_norm, float residual_scale) {
+            const MoELayer layer{value_of(norm), router.it, gate.it, up.it, down.it, num_experts, top_k, is_normalized,
+                                 activation, {value_of(post_norm), residual_scale}};
+            check_experts(layer);
+            new (self) HeldMoE{std::make_shared<const MoELayer>(layer)};
+          },
+          "norm"_a.none(), "router"_a, "gate"_a, "up"_a, "down"_a, "num_experts"_a, "top_k"_a, "is_normalized"_a,
+          "activation"_a, "post_norm"_a.none() = nb::none(), "residual_scale"_a = 1.0f);
   nb::class_<HeldHead>(m, "HeadLayer")
       .def(
           "__init__",
-          [](HeldHead* self, const Held<const Norm>& norm, const HeldWeight& projection) {
-            new (self) HeldHead{std::make_shared<const HeadLayer>(HeadLayer{*norm.it, projection.it})};
+          [](HeldHead* self, const Held<const Norm>& norm, const HeldWeight& projection, float scale, float softcap) {
+            new (self) HeldHead{std::make_shared<const HeadLayer>(HeadLayer{*norm.it, projection.it, scale, softcap})};
           },
-          "norm"_a, "projection"_a);
+          "norm"_a, "projection"_a, "scale"_a = 1.0f, "softcap"_a = 0.0f);
 }
 
 void bind_store(nb::module_& m) {

@@ -18,6 +18,7 @@ struct Held {
 using HeldWeight = Held<const Weight>;
 using HeldAttention = Held<const AttentionLayer>;
 using HeldMLP = Held<const MLPLayer>;
+using HeldMoE = Held<const MoELayer>;
 using HeldHead = Held<const HeadLayer>;
 using HeldStore = Held<KVStore>;
 

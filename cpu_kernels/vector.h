@@ -39,20 +39,54 @@ inline Floats gelu_tanh(Floats x) {
   return div(x, add(splat(1.0f), exp(mul(cubic, splat(-1.5957691216057308f)))));
 }
 
+// Clamped, steeper than silu, and one more than up: gpt-oss's.
+inline Floats gate_oai(Floats gate, Floats up) {
+  const Floats x = min(gate, splat(7.0f));
+  const Floats bounded = max(splat(-7.0f), min(up, splat(7.0f)));
+  return mul(div(x, add(splat(1.0f), exp(mul(x, splat(-1.702f))))), add(bounded, splat(1.0f)));
+}
+
 template <Floats (*activate)(Floats)>
+Floats gate_with(Floats gate, Floats up) {
+  return mul(activate(gate), up);
+}
+
+template <Floats (*gated)(Floats, Floats)>
 void gate_row(const float* gate, const float* up, float* y, int n) {
   int i = 0;
-  for (; i + WIDTH <= n; i += WIDTH) store(y + i, mul(activate(load(gate + i)), load(up + i)));
+  for (; i + WIDTH <= n; i += WIDTH) store(y + i, gated(load(gate + i), load(up + i)));
   if (i == n) return;
-  float last[WIDTH] = {};
-  for (int j = i; j < n; j++) last[j - i] = gate[j];
-  store(last, activate(load(last)));
-  for (int j = i; j < n; j++) y[j] = last[j - i] * up[j];
+  float last[2][WIDTH] = {};
+  for (int j = i; j < n; j++) last[0][j - i] = gate[j], last[1][j - i] = up[j];
+  store(last[0], gated(load(last[0]), load(last[1])));
+  for (int j = i; j < n; j++) y[j] = last[0][j - i];
 }
 
 inline void glu(Activation activation, const float* gate, const float* up, float* y, int n) {
-  if (activation == Activation::silu) return gate_row<silu>(gate, up, y, n);
-  gate_row<gelu_tanh>(gate, up, y, n);
+  switch (activation) {
+    case Activation::silu: return gate_row<gate_with<silu>>(gate, up, y, n);
+    case Activation::gelu_tanh: return gate_row<gate_with<gelu_tanh>>(gate, up, y, n);
+    case Activation::swiglu_oai: return gate_row<gate_oai>(gate, up, y, n);
+  }
+}
+
+// softcap * tanh(x / softcap), tanh(u) = 1 - 2 / (1 + e^2u)
+inline Floats cap_of(Floats x, float softcap) {
+  const Floats power = exp(mul(x, splat(2.0f / softcap)));
+  return mul(splat(softcap), sub(splat(1.0f), div(splat(2.0f), add(splat(1.0f), power))));
+}
+
+inline void cap(float* x, float scale, float softcap, int n) {
+  const auto one = [&](Floats v) {
+    const Floats scaled = mul(v, splat(scale));
+    return softcap > 0.0f ? cap_of(scaled, softcap) : scaled;
+  };
+  int i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) store(x + i, one(load(x + i)));
+  float last[WIDTH] = {};
+  for (int j = i; j < n; j++) last[j - i] = x[j];
+  store(last, one(load(last)));
+  for (int j = i; j < n; j++) x[j] = last[j - i];
 }
 
 inline void rotate(float* head, const float* cos, const float* sin, int dims, bool is_interleaved) {

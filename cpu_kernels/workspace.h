@@ -41,6 +41,8 @@ struct Codes {
 
 struct Workspace {
   Scratch<float> normed, heads, attended, gate, up, cosines, sines;
+  Scratch<float> scores, gathered, mixed;  // of experts: the router's, their rows, what comes of these
+  Scratch<float> turned, padded;           // keys and values of runs
   std::vector<Codes> codes;        // of what is multiplied, one a group size
   std::vector<Codes> inner_codes;  // of an MLP's inner rows, made while `codes` are still read
 };

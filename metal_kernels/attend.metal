@@ -2,7 +2,7 @@
 //
 //   q, k    = rotate(norm(heads of qkv)), v as it is; k and v are used as they are stored
 //   norm      y[d] = x[d] / sqrt(mean(x^2) + eps) * weight[d]
-//   rotate    the pair i at position p turns by p / periods[i], and is scaled by `magnitude`
+//   rotate    the pair i at position p turns by (p + shift) / periods[i], and is scaled by `magnitude`
 //   next    = rows of the tail, then the new k and v: slots [0, end - tail) and no other
 //   heads   = softmax(scale * q k^T) v over the keys that a query sees (README.md, Positions)
 //
@@ -69,7 +69,7 @@ struct Attention {
   void prepare(int kind, int row, int head) {
     const device T* x = qkv + ((group.y * sizes.width + row) * (G + 2) * groups.x + head) * D;
     threadgroup float* y = room + simd * D;
-    float shrink = kind ? 1.0f : params[0];
+    float shrink = kind ? 1 : params[0];
     if (NORM >> kind & 1) {
       float squares = 0.0f;
       for (int d = lane; d < D; d += LANES) {
@@ -90,10 +90,10 @@ struct Attention {
         b *= kind ? k_norm[k] : q_norm[k];
       }
       if (is_turned) {
-        float position = span.start + row;
+        float position = span.start + row + span.shift;
         float angle = position / periods[i];
         // What the quotient lost. A period may be infinite: such a pair does not turn.
-        float rest = angle > 0.0f ? fma(-angle, periods[i], position) / periods[i] : 0.0f;
+        float rest = angle > 0 ? fma(-angle, periods[i], position) / periods[i] : 0;
         float c = precise::cos(angle);
         float s = precise::sin(angle);
         float cosine = params[3] * fma(-rest, s, c);

@@ -20,7 +20,7 @@ constant constexpr float NOTHING = -3e38f;  // the largest of no scores
 
 // A line of `meta`: where a row of the batch stands.
 struct Span {
-  int start, length, tail, ring, window, keep, keep_window;
+  int start, length, tail, ring, window, keep, keep_window, shift;
 };
 
 // `sizes`: slots of the planes, then the grid's first part and its parts, and L.

@@ -25,6 +25,7 @@ from mlx_edge.errors import (
 
 if TYPE_CHECKING:
     from mlx_edge.decoding.batch import batch_generate as batch_generate
+    from mlx_edge.decoding.multimodal import MultimodalGenerator as MultimodalGenerator
     from mlx_edge.decoding.processors import make_logits_processors as make_logits_processors
     from mlx_edge.decoding.sampling import make_sampler as make_sampler
     from mlx_edge.decoding.stream import GenerationResponse as GenerationResponse
@@ -46,6 +47,7 @@ _HOMES = {
     "EngineConfig": "mlx_edge.engine.config",
     "GenerationResponse": "mlx_edge.decoding.stream",
     "Grammar": "mlx_edge.engine.request",
+    "MultimodalGenerator": "mlx_edge.decoding.multimodal",
     "Request": "mlx_edge.engine.request",
     "Sampling": "mlx_edge.engine.request",
     "batch_generate": "mlx_edge.decoding.batch",
@@ -71,6 +73,7 @@ __all__ = [
     "MLXEdgeError",
     "MemoryBudgetError",
     "ModelFormatError",
+    "MultimodalGenerator",
     "QueueFullError",
     "Request",
     "Sampling",

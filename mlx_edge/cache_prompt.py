@@ -103,12 +103,14 @@ def cache_prompt(args: Namespace) -> None:
     import mlx.core as mx
 
     from mlx_edge.decoding.loop import generate_step
+    from mlx_edge.models.interface import refuse_places
     from mlx_edge.models.load import load
     from mlx_edge.models.prompt_cache import describe_prompt, save_prompt_cache
     from mlx_edge.runtime import peak_memory_gb
 
     model, tokenizer = load(args.model, revision=args.revision, **loading_options(args))
     tokens = encode_beginning(tokenizer, args)
+    refuse_places(model, mx.array(tokens, dtype=mx.int32))
     caches = make_cache(model, args)
     # One token is chosen and thrown away: the prompt, and nothing else, has then been stored.
     for _ in generate_step(

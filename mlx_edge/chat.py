@@ -28,6 +28,7 @@ from mlx_edge.options import (
 
 if TYPE_CHECKING:
     from mlx_edge.cache import AnyKVCache
+    from mlx_edge.decoding.constraints import Constraint
     from mlx_edge.models.decoder import Decoder
     from mlx_edge.text import Tokenizer
 
@@ -49,6 +50,7 @@ def make_parser() -> Parser:
         help='variables of the template, as JSON: {"enable_thinking": false}',
     )
     add("--max-tokens", "-m", type=integer(1), default=256, help="the most tokens of an answer")
+    add("--grammar", help="of the answers: a file of Lark, or the name of a ready one: autoglm")
     add_sampling(parser)
     add_memory(parser)
     add_loading(parser)
@@ -174,6 +176,7 @@ class Conversation:
             prefill_step_size=self.args.prefill_step_size,
             prompt_progress_callback=interrupt.check_prefill,
             proposer=self._proposer,
+            constraint=self._make_constraint(),
         )
         with closing(responses):  # closed, the cache holds no drafts
             for response in responses:
@@ -185,6 +188,15 @@ class Conversation:
         self._cache, self._held = cache, fed[: cache[0].offset]
         is_cut = response.finish_reason == "length"
         return is_cut and response.generation_tokens < self.args.max_tokens
+
+    def _make_constraint(self) -> "Constraint | None":
+        """A new one for an answer, if there is a grammar."""
+        if self.args.grammar is None:
+            return None
+        from mlx_edge.decoding.constraints import make_constraint
+        from mlx_edge.decoding.grammars import read_grammar
+
+        return make_constraint(self.tokenizer, lark=read_grammar(self.args.grammar, self.tokenizer))
 
     def _take_cache(self, tokens: list[int]) -> tuple["list[AnyKVCache]", int]:
         """A cache that holds the beginning of these tokens, and how many; a new one where they differ.
@@ -218,6 +230,7 @@ class Conversation:
                 f"{context}; shorten the system prompt"
             )
         make_cache(self.model, self.args)
+        self._make_constraint()
         if self.args.kv_bits is not None:
             rows = mx.zeros((2, 1, 1, 1, self.model.config.head_dim))
             QuantizedRows(self.args.kv_bits, self.args.kv_group_size).encode(rows)

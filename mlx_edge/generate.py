@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_edge.command import Parser, integer, run_command, truth
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.options import (
+    add_images,
     add_loading,
     add_memory,
     add_sampling,
@@ -27,6 +28,9 @@ from mlx_edge.options import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mlx_edge.decoding.constraints import Constraint
     from mlx_edge.decoding.sampling import Sampler
     from mlx_edge.decoding.stream import GenerationResponse
@@ -58,6 +62,7 @@ def make_parser() -> Parser:
     add("--max-tokens", "-m", type=integer(1), default=256, help="the most tokens to generate")
     add("--stop", action="append", default=[], help="end before this text; may be given again")
     add("--extra-eos-token", nargs="+", default=[], help="tokens that end the text as well")
+    add_images(parser)
     add_sampling(parser)
     add_grammar(parser)
     add_memory(parser)
@@ -91,6 +96,7 @@ def add_grammar(parser: Parser) -> None:
     )
     group.add_argument("--regex", help="write a text that this regular expression matches")
     group.add_argument("--lark", help="write a text of this Lark grammar: a file, or the grammar")
+    group.add_argument("--grammar", help="the same; or a ready grammar by its name: autoglm")
 
 
 def read_text_or_file(value: str) -> str:
@@ -104,10 +110,13 @@ def read_text_or_file(value: str) -> str:
 
 def make_constraint(tokenizer: "Tokenizer", args: Namespace) -> "Constraint | None":
     """A new constraint at the start of a text, if the flags ask for one."""
-    if args.json_schema is None and args.regex is None and args.lark is None:
+    if all(x is None for x in (args.json_schema, args.regex, args.lark, args.grammar)):
         return None
     from mlx_edge.decoding.constraints import make_constraint as make
+    from mlx_edge.decoding.grammars import read_grammar
 
+    if args.grammar is not None:
+        return make(tokenizer, lark=read_grammar(args.grammar, tokenizer))
     if args.json_schema is not None:
         return make(tokenizer, json_schema=read_text_or_file(args.json_schema))
     if args.lark is not None:
@@ -150,7 +159,9 @@ def encode_request(tokenizer: "Tokenizer", args: Namespace) -> list[int]:
                 "--system-prompt and --chat-template-config need a chat template, and none is used"
             )
         return tokenizer.encode(prompt + beginning, add_special_tokens=not continues)
-    messages = [{"role": "user", "content": CUT + prompt if continues else prompt}]
+    from mlx_edge.decoding.multimodal import write_user_turn
+
+    messages = [write_user_turn(CUT + prompt if continues else prompt, len(args.image))]
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
     text = tokenizer.apply_chat_template(
@@ -163,6 +174,21 @@ def encode_request(tokenizer: "Tokenizer", args: Namespace) -> list[int]:
     return tokenizer.encode(f"{text}{beginning}", add_special_tokens=False)
 
 
+def read_images(args: Namespace) -> "list[NDArray[np.uint8]]":
+    """The images of the flags, decoded."""
+    if not args.image:
+        if args.max_pixels is not None:
+            raise InvalidRequestError("--max-pixels is the size of images, and there is no --image")
+        return []
+    if args.prompt_cache_file is not None:
+        raise InvalidRequestError(
+            "--image does not go with --prompt-cache-file: an image stands before the prompt, which is stored already"
+        )
+    from mlx_edge.models.vision.image import read_image
+
+    return [read_image(path) for path in args.image]
+
+
 class Run:
     """A loaded model and the request of the flags; every `stream` is the same generation anew."""
 
@@ -171,13 +197,16 @@ class Run:
         self.args = args
         with watch.phase("load"):
             # Imported here, so that a wrong flag or --help is answered at once.
+            from mlx_edge.models.interface import check_reads_images
             from mlx_edge.models.load import load
 
             make_sampler(args)
+            self.images = read_images(args)
             name, revision = choose_model(args)
             self.model, self.tokenizer = load(
                 name, revision=revision, bridge=args.bridge, **loading_options(args)
             )
+            check_reads_images(self.model, len(self.images) > 0)
             for token in args.extra_eos_token:
                 self.tokenizer.add_eos_token(token)
             self.make_proposer = load_proposers(args, self.model, self.tokenizer)
@@ -234,6 +263,8 @@ class Run:
             prompt_cache=cache,
             prefill_step_size=self.args.prefill_step_size,
             proposer=proposer,
+            images=self.images,
+            max_pixels=self.args.max_pixels,
         )
 
 

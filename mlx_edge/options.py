@@ -80,6 +80,23 @@ def loading_options(args: Namespace) -> "dict[str, Any]":
     return {"precision": args.precision, "use_mmap": not args.no_mmap, "mlock": args.mlock}
 
 
+def add_images(parser: Parser) -> None:
+    """The flags that show a model images."""
+    add = parser.add_argument
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="show the model this image before the prompt; may be given again",
+    )
+    add(
+        "--max-pixels",
+        type=integer(1),
+        help="scale images down to this many pixels, for fewer tokens; never up",
+    )
+
+
 def add_speculation(parser: Parser) -> None:
     """The flags that draft several tokens for one step to verify; the text stays the same."""
     group = parser.add_mutually_exclusive_group()

@@ -1,6 +1,6 @@
 """`python -m mlx_edge.plan`: what a model will take in memory, and what fits beside it, before its weights are loaded.
 
-Reads flags and prints; the arithmetic is the engine's own (`engine/memory.py`). The tokenizer is loaded, so that the
+Reads flags and prints; the arithmetic is the engine's own (`engine/memory/`). The tokenizer is loaded, so that the
 program's share is measured where it can be.
 """
 
@@ -17,8 +17,8 @@ from mlx_edge.errors import InvalidRequestError
 from mlx_edge.options import add_memory
 
 if TYPE_CHECKING:
-    from mlx_edge.engine.machine import Machine
-    from mlx_edge.engine.memory import MemoryModel
+    from mlx_edge.engine.memory.machine import Machine
+    from mlx_edge.engine.memory.model import MemoryModel
 
 PROG = "mlx_edge.plan"
 MAX_BATCH = 4096
@@ -34,6 +34,8 @@ def make_parser() -> Parser:
     add("--context", type=integer(1), help="tokens of a sequence (default: the model's context)")
     add("--batch", type=integer(1, MAX_BATCH), default=1, help="sequences at once")
     add("--prefill-chunk", type=integer(1), default=512, help="prompt tokens in one step")
+    add("--images", type=integer(0), help="images of a sequence (default: 1 where the model sees)")
+    add("--max-pixels", type=integer(1), help="of an image (default: the model's own limit)")
     add("--draft-model", help="a smaller model that drafts tokens: a folder or a hub id")
     add_memory(parser)
     parser.set_defaults(quantized_kv_start=0)  # the engine's default
@@ -53,11 +55,29 @@ class MemoryPlan:
     context: int
     batch_size: int
     quality: str | None
+    images: int = 0  # of a sequence, in its context
+    max_pixels: int | None = None
 
     @property
     def peak_bytes(self) -> int:
         """The process's private memory at its most."""
-        return self.memory.peak_bytes(self.context, self.batch_size)
+        return self._peak(self.context, self.batch_size)
+
+    def _peak(self, context: int, batch_size: int) -> int:
+        """All sequences keep features; one image at a time is encoded, and no step runs then."""
+        peak = self.memory.peak_bytes(context, batch_size)
+        return peak + self._image_bytes(context, batch_size)
+
+    def _image_bytes(self, context: int, batch_size: int) -> int:
+        """What images add to the same of text."""
+        vision = self.memory.vision
+        if vision is None or not self.images:
+            return 0
+        patches = vision.largest_image(self.max_pixels)
+        features = batch_size * self.images * vision.feature_bytes(patches)
+        step = self.memory.largest_step_bytes(context, batch_size)
+        encoding = self.images * vision.patch_bytes(patches) + vision.tower_bytes(patches)
+        return features + max(0, encoding - step)
 
     @property
     def total_bytes(self) -> int:
@@ -85,7 +105,7 @@ class MemoryPlan:
         return _search(lambda n: self._fits(self.context, n), MAX_BATCH)
 
     def _fits(self, context: int, batch_size: int) -> bool:
-        peak = self.memory.peak_bytes(context, batch_size) + self.memory.mapped_bytes
+        peak = self._peak(context, batch_size) + self.memory.mapped_bytes
         return peak <= self.machine.usable_bytes
 
     def parts(self) -> dict[str, int]:
@@ -96,6 +116,7 @@ class MemoryPlan:
             "weights": memory.weights_bytes,
             "kv": self.batch_size * memory.kv_bytes(self.context),
             "activations": memory.largest_step_bytes(self.context, self.batch_size),
+            "images": self._image_bytes(self.context, self.batch_size),
         }
         return {**parts, "starting": max(0, self.peak_bytes - sum(parts.values()))}
 
@@ -115,6 +136,7 @@ class MemoryPlan:
             "kv_bytes_per_sequence": self.memory.kv_bytes(self.context),
             "peak_bytes": self.peak_bytes,
             "mapped_bytes": self.memory.mapped_bytes,
+            "vision": self._vision_json(),
             "total_bytes": self.total_bytes,
             "prefix_cache_bytes": self.prefix_bytes,
             "fits": self.fits,
@@ -123,9 +145,28 @@ class MemoryPlan:
             "quality": self.quality,
         }
 
+    def _vision_json(self) -> dict[str, int] | None:
+        """The tower, and what the largest image costs; None for a model of text alone."""
+        vision = self.memory.vision
+        if vision is None:
+            return None
+        patches = vision.largest_image(self.max_pixels)
+        tokens = vision.count_tokens(patches)
+        return {
+            "weights_private_bytes": vision.weights.private,
+            "weights_mapped_bytes": vision.weights.mapped,
+            "images": self.images,
+            "image_pixels": patches * vision.config.patch_size**2,
+            "image_tokens": tokens,
+            "image_kv_bytes": self.memory.kv_bytes(tokens),
+            "image_patch_bytes": vision.patch_bytes(patches),
+            "image_feature_bytes": vision.feature_bytes(patches),
+            "image_tower_bytes": vision.tower_bytes(patches),
+        }
+
     def lines(self) -> list[str]:
         """For a terminal of 80 columns."""
-        from mlx_edge.engine.budget import format_size
+        from mlx_edge.engine.memory.budget import format_size
 
         def row(name: str, size: int, note: str = "") -> str:
             return f"  {name:<27}{format_size(size):>9}   {note}".rstrip()
@@ -133,6 +174,7 @@ class MemoryPlan:
         parts, memory, machine = self.parts(), self.memory, self.machine
         sequences = f"{self.batch_size} x {format_size(memory.kv_bytes(self.context))}"
         notes = {"kv": f"{sequences}, {_kv_words(memory)}", "starting": "reading the tokenizer"}
+        notes["images"] = f"{self.images} of a sequence, as large as may be"
         names = {"kv": "keys and values", "weights": "weights, private", "starting": "start"}
         is_estimate = machine.is_estimate or memory.backend != "cpu"
         return [
@@ -144,6 +186,7 @@ class MemoryPlan:
             row("weights, mapped from files", memory.mapped_bytes, "shared, read again at need"),
             row("together", self.total_bytes, self._verdict(format_size(machine.usable_bytes))),
             row("prefix cache, at most", self.prefix_bytes, "given up when requests need it"),
+            *_vision_lines(self._vision_json(), format_size),
             "",
             f"  {_context_words(self)}",
             f"  {_batch_words(self)}",
@@ -165,6 +208,21 @@ def _batch_words(plan: MemoryPlan) -> str:
     return f"largest batch at context {plan.context}: {'at least ' if found == MAX_BATCH else ''}{found or 'none'}"
 
 
+def _vision_lines(vision: dict[str, int] | None, size: Callable[[int], str]) -> list[str]:
+    if vision is None:
+        return []
+    weights = vision["weights_private_bytes"] + vision["weights_mapped_bytes"]
+    return [
+        "",
+        f"  of the weights for images: {size(weights)}",
+        f"  an image of {vision['image_pixels'] / 1e6:.2f} megapixels: {vision['image_tokens']} tokens, "
+        f"{size(vision['image_kv_bytes'])} of keys and values,",
+        f"    {size(vision['image_feature_bytes'])} until the prompt is read; {size(vision['image_patch_bytes'])} of "
+        "pixels and",
+        f"    {size(vision['image_tower_bytes'])} until it is encoded (lower: --max-pixels)",
+    ]
+
+
 def _kv_words(memory: "MemoryModel") -> str:
     options = memory.options
     kind = f"{options.kv_bits} bit" if options.kv_bits else "floats"
@@ -173,7 +231,7 @@ def _kv_words(memory: "MemoryModel") -> str:
 
 
 def _search(fits: Callable[[int], bool], high: int) -> int:
-    from mlx_edge.engine.budget import largest
+    from mlx_edge.engine.memory.budget import largest
 
     return largest(fits, 1, high)
 
@@ -184,9 +242,9 @@ def make_plan(args: Namespace) -> MemoryPlan:
     Raises: as finding and opening a model does; InvalidRequestError for a context beyond the model's.
     """
     from mlx_edge.calibration.quality import describe_quality
-    from mlx_edge.engine.machine import find_machine, this_machine
-    from mlx_edge.engine.memory import MemoryModel
-    from mlx_edge.engine.weight_sizes import Backend
+    from mlx_edge.engine.memory.machine import find_machine, this_machine
+    from mlx_edge.engine.memory.model import MemoryModel
+    from mlx_edge.engine.memory.weight_sizes import Backend
     from mlx_edge.weights.hub import find_model
 
     machine = find_machine(args.machine) if args.machine else this_machine()
@@ -204,7 +262,19 @@ def make_plan(args: Namespace) -> MemoryPlan:
         )
     memory = memory.with_base(*_measure_base(folders))
     name = folders[0].name if Path(args.model).is_dir() else args.model
-    return MemoryPlan(name, memory, machine, context, args.batch, describe_quality(folders[0]))
+    quality = describe_quality(folders[0])
+    images = _count_images(args, memory)
+    return MemoryPlan(name, memory, machine, context, args.batch, quality, images, args.max_pixels)
+
+
+def _count_images(args: Namespace, memory: "MemoryModel") -> int:
+    if memory.vision is not None:
+        return 1 if args.images is None else int(args.images)
+    if args.images or args.max_pixels:
+        raise InvalidRequestError(
+            "--images and --max-pixels are for models that see; leave them out"
+        )
+    return 0
 
 
 def _engine_options(args: Namespace) -> Any:
@@ -218,13 +288,14 @@ def _engine_options(args: Namespace) -> Any:
         quantized_kv_start=args.quantized_kv_start,
         max_kv_size=args.max_kv_size,
         draft_model=args.draft_model,
+        max_pixels=args.max_pixels,
     )
 
 
 def _measure_base(folders: list[Path]) -> tuple[int, int]:
     """Private bytes of a process with the engine and the tokenizers but no weights, and its peak so far."""
     import mlx_edge.engine.blocking  # noqa: F401 - its modules are what the process will hold
-    from mlx_edge.engine.machine import peak_private_bytes, private_bytes
+    from mlx_edge.engine.memory.machine import peak_private_bytes, private_bytes
     from mlx_edge.ops.cpu import trim_memory
     from mlx_edge.runtime import connect_blas
     from mlx_edge.text import load_tokenizer

@@ -1,5 +1,7 @@
 """Score a pocket model on what it was never shown: `python scripts/eval_pocket.py MODEL --json OUT`.
 
+With `--vision` a model that reads screens, the bundled one unless another is named: `pocket_vision_score.py`.
+
 Exact match is teacher-forced: an item counts when the arg-max at every position of the answer, its end
 included, is the answer's token. That is the same event as greedy decoding being exactly right, in one
 forward pass. Runs on the runtime of this project; `evaluate` takes any forward function.
@@ -156,10 +158,17 @@ def runtime_forward(path: str) -> tuple[Forward, Encode]:
 def main() -> None:
     """Score a model and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="model folder")
+    parser.add_argument("model", nargs="?", help="model folder; the bundled model without it")
     parser.add_argument("--json", type=Path, help="where to write the report")
+    parser.add_argument("--vision", action="store_true", help="score taps on screens")
+    parser.add_argument("--screens", type=int, default=1000, help="of --vision")
     options = parser.parse_args()
-    report = evaluate(*runtime_forward(options.model))
+    if options.vision:
+        from pocket_vision_score import evaluate_vision
+
+        report = evaluate_vision(options.model or "pocket-vision", options.screens)
+    else:
+        report = evaluate(*runtime_forward(options.model or "pocket"))
     text = json.dumps(report, indent=2)
     if options.json:
         options.json.write_text(text + "\n", encoding="utf-8")

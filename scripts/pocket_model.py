@@ -217,7 +217,7 @@ class Muon:
         self.groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
         others = []
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name:
+            if parameter.ndim == 2 and "embed" not in name and "lm_head" not in name:
                 self.groups.setdefault(tuple(parameter.shape), []).append(parameter)
             else:
                 others.append(parameter)

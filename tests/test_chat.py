@@ -241,6 +241,13 @@ def test_a_question_stopped_before_its_answer_is_not_remembered() -> None:
     assert ask(conversation, ORDER) == 'do(action="Launch", app="Maps")'
 
 
+def test_every_answer_follows_the_grammar(talk: Talk) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    out, _ = talk(f"{ORDER}\n{STORY}\n", "--grammar", 'start: "yes" | "no"')
+    assert set(out.split()) <= {"yes", "no"} and len(out.split()) == 2
+    assert "autoglm" in talk("", "--grammar", "autoglmm", code=2)[1]
+
+
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
     """The command at a terminal of its own; the file descriptor is what its user types and sees."""

@@ -164,6 +164,9 @@ def test_text_follows_a_grammar(run: Run, tmp_path: Path) -> None:
     assert json.loads(run("--verbose", "False", "--json-schema", str(schema)))["n"] in (7, 8)
     assert run("--verbose", "False", "--regex", "(yes|no)!").strip() in ("yes!", "no!")
     assert run("--verbose", "False", "--lark", 'start: "a" "b"').strip() == "ab"
+    assert run("--verbose", "False", "--grammar", 'start: "a" "b"').strip() == "ab"
+    order = ("--prompt", "call Zorvan", "--grammar", "autoglm", "--verbose", "False")
+    assert run(*order).strip().startswith("do(action=")
 
 
 @pytest.mark.parametrize("level", ["phases", "ops"])

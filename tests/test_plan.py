@@ -1,6 +1,7 @@
 """`python -m mlx_edge.plan`: figures that add up, lines that fit a terminal, one line for what cannot be planned."""
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from mlx_edge.plan import MAX_BATCH, main
+from mlx_edge.weights.hub import find_model
+from tests.models.vision.folders import write_model
 
 
 def plan(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
@@ -19,7 +22,7 @@ def plan(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
 
 def test_parts_add_up_to_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--context", "256", "--batch", "4")
-    parts = ("program", "weights", "kv", "activations", "starting")
+    parts = ("program", "weights", "kv", "activations", "images", "starting")
     assert sum(found[f"{part}_bytes"] for part in parts) == found["peak_bytes"]
     assert found["peak_bytes"] + found["mapped_bytes"] == found["total_bytes"]
     assert found["kv_bytes"] == 4 * found["kv_bytes_per_sequence"]
@@ -70,9 +73,39 @@ def test_fewer_bits_a_window_and_a_draft_model_count(capsys: pytest.CaptureFixtu
     assert drafted["mapped_bytes"] > whole["mapped_bytes"]
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model that sees."""
+    folder = write_model("glm4v", tmp_path_factory.mktemp("seeing"))
+    shutil.copy(find_model("pocket") / "tokenizer.json", folder)
+    return str(folder)
+
+
+def test_images_are_planned_for(capsys: pytest.CaptureFixture[str], seeing: str) -> None:
+    found = plan(capsys, seeing, "--device", "cpu")
+    vision = found["vision"]
+    assert vision["images"] == 1
+    assert 0 < vision["weights_mapped_bytes"] < found["mapped_bytes"]
+    assert vision["weights_private_bytes"] <= found["weights_bytes"]
+    assert vision["image_tokens"] * 64 == vision["image_pixels"] <= 8192
+    none = plan(capsys, seeing, "--device", "cpu", "--images", "0")
+    assert none["images_bytes"] == 0 < found["images_bytes"]
+    several = plan(capsys, seeing, "--device", "cpu", "--images", "3")
+    assert several["images_bytes"] > found["images_bytes"]
+    small = plan(capsys, seeing, "--device", "cpu", "--max-pixels", "1024")
+    assert small["vision"]["image_pixels"] <= 1024
+    assert small["peak_bytes"] < found["peak_bytes"]
+    assert main([seeing]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("megapixels" in line for line in lines)
+    assert plan(capsys)["vision"] is None
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--images", "1"], "--images and --max-pixels are for models that see"),
         (["nowhere/at/all"], "no such folder"),
         (["--context", "513"], "--context is 513, the model's context 512"),
         (["--machine", "M4 Max 65 GB"], "M4 Max comes with 36, 48, 64, 128 GB, not 65"),

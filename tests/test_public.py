@@ -18,6 +18,7 @@ NAMES = {
     "MLXEdgeError",
     "MemoryBudgetError",
     "ModelFormatError",
+    "MultimodalGenerator",
     "QueueFullError",
     "Request",
     "Sampling",

@@ -32,6 +32,9 @@ class CacheLengths:
         self._float_until = float_until
         self.row_format: RowFormat = FloatRows() if float_until else self._wanted_format
         self._offsets: tuple[int, ...] = ()  # positions stored, per row of the batch
+        self.first_image: int | None = (
+            None  # where the first image of the sequence stands, once it is stored
+        )
 
     @property
     def offset(self) -> int:
@@ -42,6 +45,11 @@ class CacheLengths:
     def offsets(self) -> tuple[int, ...]:
         """Positions stored in each row of the batch; empty before the first step."""
         return self._offsets
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether RoPE's turns may differ from positions here: only whoever knows the images can go on."""
+        return self.first_image is not None and self.offset > self.first_image
 
     @property
     def num_trimmable(self) -> int:

@@ -6,7 +6,7 @@ ops, so that everything can be watched and differentiated; no cache, no generati
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +16,6 @@ from mlx_edge.models.assembly import Assembler
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Layer
 from mlx_edge.models.linears import find_linears, replace_linears
-from mlx_edge.models.rope import make_rope
 from mlx_edge.quant import dequantize
 from mlx_edge.runtime import connect_blas
 from mlx_edge.weights import Checkpoint
@@ -41,7 +40,6 @@ class LayerwiseModel:
         connect_blas()
         self.checkpoint = checkpoint
         self.config = config
-        self._rope = make_rope(config.rope, config.head_dim)
 
     @property
     def num_layers(self) -> int:
@@ -53,7 +51,7 @@ class LayerwiseModel:
 
     def read_layer(self, index: int) -> Layer:
         """One layer in float32, every linear dense."""
-        layer = self._assembler().layer(index, self._rope)
+        layer = self._assembler().layer(index)
         dense = {name: as_dense(linear) for name, linear in self.find_linears(layer, index).items()}
         return replace_linears(layer, self.config, index, dense)
 
@@ -75,7 +73,8 @@ class LayerwiseModel:
     def embed(self, rows: mx.array) -> mx.array:
         """Hidden states (R, L, E) float32 of token rows (R, L)."""
         with ops.reference():
-            hidden = ops.embed(rows, ops.Embedding(self.read_table()))
+            table = ops.Embedding(self.read_table(), self.config.scales.embedding)
+            hidden = ops.embed(rows, table)
         mx.eval(hidden)
         return hidden
 
@@ -101,7 +100,7 @@ class LayerwiseModel:
         """The final norm and the head in float32, dense."""
         assembler = self._assembler()
         head = assembler.head(assembler.embedding())
-        return ops.HeadWeights(head.norm, as_dense(head.projection))
+        return replace(head, projection=as_dense(head.projection))
 
     def logits(self, hidden: mx.array) -> Iterator[mx.array]:
         """Logits (r, L, V) float32 of the last layer's hidden states (R, L, E), some rows at a time, in order."""
@@ -126,6 +125,8 @@ def forward_layer(layer: Layer, hidden: mx.array) -> mx.array:
     meta = ops.StepMeta.uniform(0, batch_size=hidden.shape[0], width=hidden.shape[1])
     with ops.reference():
         hidden = ops.attention_block(hidden, layer.attention, _Text(), layer.rope, meta)
+        if isinstance(layer.mlp, ops.MoEWeights):
+            return ops.moe_block(hidden, layer.mlp)
         return ops.mlp_block(hidden, layer.mlp)
 
 

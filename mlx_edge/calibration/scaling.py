@@ -30,6 +30,7 @@ def find_folds(config: ModelConfig, index: int) -> list[Fold]:
     """The folds of layer `index`; together their targets are all of its linears."""
     family = config.family
     prefix = family.layer.format(index=index)
+    assert family.attention_norm is not None and family.mlp_norm is not None  # refused before
     qkv = tuple(prefix + name for name in (family.query, family.key, family.value))
     return [
         Fold(qkv, prefix + family.attention_norm),
@@ -90,8 +91,10 @@ class ScaledLayer:
         return spread
 
     def _fold_norm(self, fold: Fold, scales: mx.array) -> mx.array:
-        is_attention = fold.source.endswith(self._model.config.family.attention_norm)
+        name = self._model.config.family.attention_norm
+        is_attention = name is not None and fold.source.endswith(name)
         block = self.layer.attention if is_attention else self.layer.mlp
+        assert block.norm is not None  # it is the source
         norm = block.norm.weight
         stored = (norm / scales).astype(self._dtype)
         rounded = stored.astype(mx.float32)

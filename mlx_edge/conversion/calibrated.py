@@ -27,7 +27,7 @@ from mlx_edge.calibration.text import BUILT_IN, Samples, cut_samples, read_text
 from mlx_edge.conversion.pipeline import Progress, Stored
 from mlx_edge.conversion.plan import Packings
 from mlx_edge.conversion.request import Bars, Request, TextRequest
-from mlx_edge.errors import InvalidRequestError
+from mlx_edge.errors import InvalidRequestError, UnsupportedModelError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.text import load_tokenizer
 from mlx_edge.weights import Checkpoint
@@ -75,6 +75,7 @@ def allocate_bits(
     The table of damages is read from the file of the request, or from `kept`, where an earlier run left it; else it is
     measured. Afterwards it is in `kept`.
     """
+    _refuse_family(model.config, "measuring layers")
     given = request.sensitivities
     known = next((p for p in (given, kept) if p is not None and p.is_file()), None)
     if known is not None:
@@ -116,7 +117,11 @@ def calibrate(
     request: Request,
     bars: Bars,
 ) -> Stored:
-    """The tensors that the request's method chooses, layer by layer, as they are stored."""
+    """The tensors that the request's method chooses, layer by layer, as they are stored.
+
+    Raises: UnsupportedModelError for a family whose tensors are not those of its linears.
+    """
+    _refuse_family(model.config, request.method)
     module = import_module(f"mlx_edge.calibration.{request.method}")
     method = getattr(module, f"quantize_{request.method}")
     on_progress = bars(f"Calibrating ({request.method})", "it")
@@ -126,6 +131,22 @@ def calibrate(
     return stored
 
 
+def _refuse_family(config: ModelConfig, method: str) -> None:
+    """Methods that fold scales into norms and write matrices one by one know families that have both."""
+    family = config.family
+    found = {
+        "fused projections": family.fused_qkv or family.fused_gate_up,
+        "experts": family.experts,
+        "norms of 1 + weight": family.has_norm_offset,
+        "blocks without a norm before them": family.attention_norm is None,
+    }
+    for what, is_so in found.items():
+        if is_so:
+            raise UnsupportedModelError(
+                f"{method} does not know {what}, which {family.model_type} has; leave the method out: rtn serves it"
+            )
+
+
 def fix_inputs(
     model: LayerwiseModel, rows: mx.array, packings: Packings, on_progress: Progress
 ) -> dict[str, Any]:
@@ -133,6 +154,7 @@ def fix_inputs(
 
     Those keep floats: a few of their inputs are a hundred times the others, and one fixed step loses the rest.
     """
+    _refuse_family(model.config, "fixing inputs")
     family = model.config.family
     scales = static_scales(model, rows, on_progress=on_progress)
     table = family.embedding if family.head not in packings else family.head

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_edge.conversion.source import PACKED_PARTS, QUANTIZATION_KEYS, Source, count_bytes
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.families import FAMILIES
+from mlx_edge.models.vision.assembly import PREFIXES as VISION_PREFIXES
 from mlx_edge.quant import Packing
 from mlx_edge.weights.writer import TensorPlan, describe_tensor
 
@@ -65,9 +66,12 @@ def find_layers(source: Source) -> dict[str, tuple[int, int]]:
     for name in written_names(source):
         layer = name.removesuffix(".weight")
         shape = meant_shape(source, name)
-        if layer == name or len(shape) != 2 or not layer.endswith(words):
+        is_expert = len(shape) > 1 and any(part in name for part in _EXPERTS)
+        if layer == name or not (is_expert or (len(shape) == 2 and layer.endswith(words))):
             continue
-        if ".experts." in name:
+        if layer.startswith(VISION_PREFIXES):  # small beside the text, and it suffers more
+            continue
+        if is_expert:
             raise UnsupportedModelError(
                 f"{source.name}: {name} belongs to a mixture of experts, which cannot be quantized here yet; "
                 "leave -q out, or use mlx_lm.convert"
@@ -76,12 +80,18 @@ def find_layers(source: Source) -> dict[str, tuple[int, int]]:
     return layers
 
 
+_EXPERTS = (".experts.", ".switch_mlp.")
+
+
 def _linear_words(source: Source) -> tuple[str, ...]:
     family = FAMILIES.get(str(source.config.get("model_type")))
     if family is None:
         return _LINEAR_WORDS
     f = family
-    return f.embedding, f.head, f.query, f.key, f.value, f.output, f.gate, f.up, f.down
+    embedding = f.embedding.removeprefix("model.")  # models that see put another name before it
+    words = (embedding, f.head, f.query, f.key, f.value, f.output, f.gate, f.up, f.down)
+    fused = (f.fused_qkv, f.fused_gate_up)
+    return (*words, *(word for word in fused if word is not None))
 
 
 def written_names(source: Source) -> list[str]:

@@ -17,6 +17,7 @@ from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.decoding.stream import Prompt, encode_prompt
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Decoder
+from mlx_edge.models.interface import refuse_places
 from mlx_edge.runtime import peak_memory_gb
 from mlx_edge.text import Tokenizer
 
@@ -64,12 +65,15 @@ def batch_generate(
     """Generate for every prompt, each until its end token, its `max_tokens` or the end of the context.
 
     `sampler` is one for all rows, or one per row: the same tokens as alone need one each, unless it is greedy.
+    Prompts are of text alone: for images there is the engine.
 
-    Raises: InvalidRequestError for no prompts, or for one that could not be served alone.
+    Raises: InvalidRequestError for no prompts, or for one that could not be served alone, or has a place for an image.
     """
     if not prompts:
         raise InvalidRequestError("no prompts were given; a batch needs one or more")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for row in rows:
+        refuse_places(model, row)
     cache = model.make_cache(max_kv_size=max_kv_size)
     wanted = [max_tokens] * len(rows) if isinstance(max_tokens, int) else list(max_tokens)
     limits = [allowed_tokens(r, model, cache, n) for r, n in zip(rows, wanted, strict=True)]

@@ -22,13 +22,21 @@ from mlx_edge import ops
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.sampling import Sampler, make_sampler
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.interface import Cache, LanguageModel, LayerCache, ModelLimits
+from mlx_edge.models.interface import (
+    Cache,
+    Forward,
+    LanguageModel,
+    LayerCache,
+    ModelLimits,
+    tell_images,
+)
 
 if TYPE_CHECKING:  # slow to import
     import numpy as np
     from numpy.typing import NDArray
 
     from mlx_edge.decoding.constraints import Constraint
+    from mlx_edge.models.vision.prompt import ImagePrompt
 
 PREFILL_STEP_SIZE = 2048
 Step = tuple[mx.array, mx.array]  # token (1,), log-probabilities (V,)
@@ -47,12 +55,14 @@ def generate_step(
     prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    images: "ImagePrompt | None" = None,
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Yield (token, log-probabilities (V,)) pairs that follow the int32 prompt (L,), at most max_tokens.
 
     Ends earlier only where the model's context ends, or where a `constraint` lets nothing follow; the token
     after which that is so is yielded. A constraint is applied after the processors: the log-probabilities
-    are those among the allowed tokens. With a `prompt_cache` the prompt continues what it holds.
+    are those among the allowed tokens. With a `prompt_cache` the prompt continues what it holds. `images` says what
+    stands in the prompt where it has tokens of images; the positions in it are those of the cache.
     `prompt_progress_callback` is told (positions done, positions in all) during the prefill.
 
     Closing the generator ends it within a step; what the callback raises ends it during the prefill. Either way
@@ -64,21 +74,23 @@ def generate_step(
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     max_tokens = reserve(prompt, model, cache, max_tokens)
     check_options(prefill_step_size, constraint)
+    step = tell_images(model, images)
 
+    @explained()  # a step with images waits for their features
     def forward(tokens: mx.array) -> mx.array:
-        return model(tokens[None], cache, logits_to_keep=1)[:, -1]  # (1, V)
+        return step(tokens[None], cache, logits_to_keep=1)[:, -1]  # (1, V)
 
     choice = Choice(sampler or make_sampler(), logits_processors, prompt, cache)
-    rest = prefill(prompt, model, cache, prefill_step_size, prompt_progress_callback)
+    rest = prefill(prompt, step, cache, prefill_step_size, prompt_progress_callback)
     if constraint is None:
         steps = _run_free(rest, forward, choice, max_tokens)
     else:
         steps = _run_constrained(rest, forward, choice, max_tokens, constraint)
     try:
-        for index, step in enumerate(steps):
+        for index, pair in enumerate(steps):
             if index == 0 and prompt_progress_callback is not None:
                 prompt_progress_callback(prompt.size, prompt.size)
-            yield step
+            yield pair
     finally:
         choice.finish()
 
@@ -214,7 +226,7 @@ def _fit(mask: "NDArray[np.bool_]", vocab_size: int) -> mx.array:
 
 def prefill(
     prompt: mx.array,
-    model: LanguageModel[Cache],
+    step: Forward[Cache],
     cache: Sequence[Cache],
     step_size: int,
     progress: Callable[[int, int], None] | None,
@@ -227,9 +239,9 @@ def prefill(
         end = begin + longest_chunk(cache, step_size)
         if end >= prompt.size:
             return prompt[begin:]
-        model(prompt[None, begin:end], cache, logits_to_keep=1)
-        # Only what was stored is evaluated: no logits are computed before they are wanted.
         with explained():
+            step(prompt[None, begin:end], cache, logits_to_keep=1)
+            # Only what was stored is evaluated: no logits are computed before they are wanted.
             mx.eval([array for layer in cache for array in layer.arrays])
         begin = end
 

@@ -18,6 +18,7 @@ from mlx_edge.decoding.loop import (
     Choice,
     Step,
     check_options,
+    explained,
     prefill,
     reserve,
     value_of,
@@ -25,10 +26,11 @@ from mlx_edge.decoding.loop import (
 from mlx_edge.decoding.processors import LogitsProcessor
 from mlx_edge.decoding.proposers import Proposer, check_trimmable
 from mlx_edge.decoding.sampling import Sampler, make_sampler
-from mlx_edge.models.interface import Cache, LanguageModel
+from mlx_edge.models.interface import Cache, Forward, LanguageModel, tell_images
 
 if TYPE_CHECKING:  # slow to import
     from mlx_edge.decoding.constraints import Constraint
+    from mlx_edge.models.vision.prompt import ImagePrompt
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ def speculative_generate_step(
     prompt_cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    images: "ImagePrompt | None" = None,
 ) -> Generator[DraftedStep, None, None]:
     """Yield the tokens that `generate_step` yields for the same options, with what the proposer had to do with it.
+
+    A proposer sees no images, but the tokens that stand for them.
 
     After closing, the cache holds what was yielded, but perhaps the last token, and no drafts.
 
@@ -74,14 +79,15 @@ def speculative_generate_step(
     check_trimmable(model, cache)
     proposer.start(prompt.tolist(), cache[0].offset)  # type: ignore[arg-type]
     choice = Choice(sampler or make_sampler(), logits_processors, prompt, cache)
-    rest = prefill(prompt, model, cache, prefill_step_size, prompt_progress_callback)
-    passes = _Passes(model, cache, choice)
+    step = tell_images(model, images)
+    rest = prefill(prompt, step, cache, prefill_step_size, prompt_progress_callback)
+    passes = _Passes(step, cache, choice)
     try:
         passes.run(rest)
-        for index, step in enumerate(_run(passes, choice, proposer, max_tokens, constraint)):
+        for index, drafted in enumerate(_run(passes, choice, proposer, max_tokens, constraint)):
             if index == 0 and prompt_progress_callback is not None:
                 prompt_progress_callback(prompt.size, prompt.size)
-            yield step
+            yield drafted
     finally:
         choice.finish()
         passes.drop_rejected()
@@ -127,8 +133,8 @@ def _run(
 class _Passes(Generic[Cache]):
     """The large model's forward passes: the rows of the newest one, and how far its drafts have come true."""
 
-    def __init__(self, model: LanguageModel[Cache], cache: Sequence[Cache], choice: Choice) -> None:
-        self._model, self._cache, self._choice = model, cache, choice
+    def __init__(self, step: Forward[Cache], cache: Sequence[Cache], choice: Choice) -> None:
+        self._step, self._cache, self._choice = step, cache, choice
         self._logits: mx.array  # (1, 1 + drafts, V)
         self._drafts: Sequence[int] = ()
         self._num_true = 0  # drafts of the newest pass that came true
@@ -149,9 +155,10 @@ class _Passes(Generic[Cache]):
         """How many drafts a pass may verify, as far as the cache is concerned."""
         return max(0, min(layer.num_trimmable for layer in self._cache) - 1)
 
+    @explained()
     def run(self, tokens: mx.array, drafts: Sequence[int] = ()) -> None:
         """Start a pass over the int32 tokens (L,): one that is chosen, and drafts."""
-        logits = self._model(tokens[None], self._cache, logits_to_keep=1 + len(drafts))
+        logits = self._step(tokens[None], self._cache, logits_to_keep=1 + len(drafts))
         self._logits, self._drafts, self._num_true = logits, drafts, 0
         counts = self.counts
         self.counts = replace(

@@ -22,12 +22,14 @@ from mlx_edge.decoding.speculation import (
 )
 from mlx_edge.decoding.text_stream import TextEnd, TextStream
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.interface import Cache, LanguageModel
+from mlx_edge.models.interface import Cache, LanguageModel, check_reads_images, reads_images
 from mlx_edge.runtime import peak_memory_gb
 from mlx_edge.text import Tokenizer
 
 if TYPE_CHECKING:  # slow to import
     from mlx_edge.decoding.constraints import Constraint
+    from mlx_edge.models.vision.prompt import ImagePrompt
+    from mlx_edge.models.vision.reading import ImageSource
 
 Prompt = str | Sequence[int] | mx.array
 
@@ -66,13 +68,14 @@ def stream_generate(
     num_draft_tokens: int | None = None,
     prompt_lookup: bool = False,
     proposer: Proposer | None = None,
+    images: "Sequence[ImageSource]" = (),
+    max_pixels: int | None = None,
 ) -> Generator[GenerationResponse, None, None]:
     """Yield a response per token; the last one carries the finish reason.
 
     Ends at an end-of-sequence token, before a `stop` string (which is not part of the text, even where it
     spans tokens), where a `constraint` (a new one for each generation) lets nothing follow, at `max_tokens`, or
     where the model's context ends. Never yields half a character, but for a text cut by `max_tokens`.
-
     To cancel, close the generator (leaving a `for` loop drops it, which closes it too), or raise from the callback
     while the prompt is read; `generate_step` says what is then left.
 
@@ -80,20 +83,19 @@ def stream_generate(
     up to `num_draft_tokens` tokens that one step then verifies: the same text in fewer steps. A `proposer` of
     `make_proposer` in their place goes on with what it was told: for the turns of a conversation.
 
+    Of the `images` (paths, bytes of files, or arrays (H, W, 3) of uint8) each has one token in the prompt, which the
+    chat template writes; `max_pixels` lowers the size to which the model resizes them.
+
     Raises: InvalidRequestError for a prompt or an option that cannot be served.
     """
     model.check_unchanged()
-    tokens = encode_prompt(tokenizer, prompt)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
+    tokens = encode_prompt(tokenizer, prompt)
+    tokens, seen = _place_images(tokens, images, model, cache, max_pixels)
     limit = allowed_tokens(tokens, model, cache, max_tokens)
-    text = TextStream(tokenizer, stop)
-    clock = _Clock(tokens.size)
-    asked = make_proposer(
-        model,
-        draft_model=draft_model,
-        num_draft_tokens=num_draft_tokens,
-        prompt_lookup=prompt_lookup,
-    )
+    text, clock = TextStream(tokenizer, stop), _Clock(tokens.size)
+    drafting: dict[str, Any] = {"draft_model": draft_model, "prompt_lookup": prompt_lookup}
+    asked = make_proposer(model, num_draft_tokens=num_draft_tokens, **drafting)
     steps = _generate_steps(
         _only_one(asked, proposer),
         tokens,
@@ -105,9 +107,33 @@ def stream_generate(
         prompt_cache=cache,
         prefill_step_size=prefill_step_size,
         prompt_progress_callback=prompt_progress_callback,
+        images=seen,
     )
     with closing(steps):
         yield from _respond(steps, text, clock, limit, constraint)
+
+
+def _place_images(
+    tokens: mx.array,
+    images: "Sequence[ImageSource]",
+    model: LanguageModel[Any],
+    cache: Sequence[Any],
+    max_pixels: int | None,
+) -> "tuple[mx.array, ImagePrompt | None]":
+    """The prompt with a run of tokens for each image, and what stands there; None where there are no images."""
+    check_reads_images(model, len(images) > 0)
+    if not reads_images(model):
+        return tokens, None
+    if cache[0].holds_images:
+        raise InvalidRequestError(
+            "the prompt cache holds images, behind which only a whole prompt can be read; begin with an empty cache"
+        )
+    from mlx_edge.models.vision.reading import read_images
+
+    tower: Any = getattr(model, "vision")  # noqa: B009  (the protocol of a model of text has none)
+    values: list[int] = tokens.reshape(-1).tolist()  # type: ignore[assignment]
+    seen = read_images(values, images, tower, max_pixels=max_pixels, begin=cache[0].offset)
+    return (tokens, None) if seen is None else (mx.array(seen.tokens, dtype=mx.int32), seen)
 
 
 def _respond(

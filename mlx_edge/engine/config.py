@@ -21,6 +21,10 @@ class EngineConfig:
 
     Speculation: `draft_model` (a name) or `prompt_lookup`, of `num_draft_tokens` at most.
 
+    Images: one of more than `max_pixels` is scaled down to it, whatever a request asks; None: the model's own limit.
+    `image_cache_bytes` is for features of images that are kept for later requests; None: a sixteenth of what the budget
+    leaves beside the weights.
+
     Memory in bytes: `memory_budget_bytes` None takes what the machine has, `prefix_cache_bytes` None a quarter of what
     the budget leaves beside the weights and 0 switches the prefix cache off. `prefix_cache_dir` keeps prefixes on disk.
 
@@ -45,6 +49,8 @@ class EngineConfig:
     prefix_cache_dir: str | None = None
     prefix_disk_bytes: int = 1 << 30
     ageing_s: float = 5.0
+    max_pixels: int | None = None
+    image_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -57,6 +63,8 @@ class EngineConfig:
             ("memory_budget_bytes", 1),
             ("prefix_cache_bytes", 0),
             ("prefix_disk_bytes", 0),
+            ("max_pixels", 1),
+            ("image_cache_bytes", 0),
         ):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < low):

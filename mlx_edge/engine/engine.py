@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Waits for the model, as the next two."""
+        """The model's tokenizer. Waits for the model, as the next three."""
         return self._served.tokenizer
 
     @property
@@ -107,6 +107,12 @@ class Engine:
     def vocab_size(self) -> int:
         """Token ids are below it."""
         return self._served.model.config.vocab_size
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that is the place of an image in a prompt; None where the model reads text only."""
+        tower = self._served.tower
+        return None if tower is None else tower.config.image_token_id
 
     @property
     def _served(self) -> Served:

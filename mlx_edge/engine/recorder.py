@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_edge.engine.config import EngineConfig
@@ -41,9 +42,13 @@ class Recorder:
             "prefix_hits": 0,
             "prefix_misses": 0,
             "prefix_hit_tokens": 0,
+            "images": 0,
+            "image_s": 0.0,
         }
+        self._images = 0, 0.0  # encoded since the newest step, and the time that it took
         self._now: dict[str, Any] = {"running": 0, "waiting": 0}
         self._memory: dict[str, Any] = {"kv_bytes": 0, "prefix_bytes": 0, "reserved_bytes": 0}
+        self._memory["image_bytes"] = 0
         self._fixed: dict[str, Any] = {"budget_bytes": 0, "row_exactness": None}
         self._measured_at = 0.0
 
@@ -75,8 +80,17 @@ class Recorder:
         counts["prefix_misses"] += num_cached == 0
         counts["prefix_hit_tokens"] += num_cached
 
+    def encoded(self, seconds: float) -> None:
+        """An image went through the tower; listeners hear of it with the next step."""
+        with self._lock:
+            self._counts["images"] += 1
+            self._counts["image_s"] += seconds
+        self._images = self._images[0] + 1, self._images[1] + seconds
+
     def step(self, record: StepRecord, num_accepted: int) -> None:
         """A step has ended."""
+        record = replace(record, images=self._images[0], image_s=self._images[1])
+        self._images = 0, 0.0
         with self._lock:
             self._recent.append(record)
             counts = self._counts
@@ -105,10 +119,12 @@ class Recorder:
         self._measured_at = now
         assert self._served is not None
         budget, prefixes = self._served.ledger.budget, self._served.prefixes
+        features = self._served.features
         self._memory = {
             "kv_bytes": sum(getattr(cache, "nbytes", 0) for cache in caches()),
             "prefix_bytes": 0 if prefixes is None else prefixes.nbytes,
             "reserved_bytes": 0 if budget is None else budget.reserved,
+            "image_bytes": 0 if features is None else features.nbytes,
         }
 
     def stats(self) -> EngineStats:

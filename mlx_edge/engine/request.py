@@ -15,6 +15,8 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 GrammarKind = Literal["json_schema", "regex", "lark"]
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 1024
+MAX_IMAGES = 64  # of a request
+MAX_IMAGE_BYTES = 64 << 20  # of all their files together
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class Request:
     with the token after the one that completes this text, as after a model's reasoning; a text that ends without it
     was held to no grammar. Speculation (`prompt_lookup`; None: as the engine is set up) never changes the text.
 
+    `images` are image files, as bytes; the prompt holds the model's placeholder once for each, in their order. Those of
+    more than `max_pixels` are scaled down to it; None: to as many as the model's own settings say.
+
     Raises: InvalidRequestError for a value outside its range.
     """
 
@@ -108,6 +113,8 @@ class Request:
     client: str = ""  # served tokens are balanced between clients of the same priority
     ignore_eos: bool = False
     use_prefix_cache: bool = True
+    images: tuple[bytes, ...] = field(default=(), repr=False)
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -133,6 +140,9 @@ class Request:
             raise InvalidRequestError(
                 "grammar_after needs a grammar and a text after which it begins"
             )
+        object.__setattr__(self, "images", _check_images(self.images))
+        if self.max_pixels is not None:
+            _check_integer("max_pixels", self.max_pixels, 1)
 
     @staticmethod
     def of(request: "Request | str", **options: Any) -> "Request":
@@ -172,6 +182,7 @@ class Usage:
     total_s: float
     drafted: int = 0
     accepted: int = 0
+    image_tokens: int = 0  # of the prompt
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,24 @@ def _check_tokens(name: str, tokens: Any) -> tuple[int, ...]:
     if not all(type(token) is int and 0 <= token < 1 << 31 for token in found):
         raise InvalidRequestError(f"{name} must hold token ids: integers from 0 to 2^31 - 1")
     return found
+
+
+def _check_images(images: Any) -> tuple[bytes, ...]:
+    is_sequence = isinstance(images, list | tuple)
+    if not is_sequence or not all(isinstance(image, bytes) and image for image in images):
+        raise InvalidRequestError(
+            "images must be a tuple of image files as bytes, none of them empty"
+        )
+    if len(images) > MAX_IMAGES:
+        raise InvalidRequestError(
+            f"the request has {len(images)} images, expected at most {MAX_IMAGES}"
+        )
+    total = sum(map(len, images))
+    if total > MAX_IMAGE_BYTES:
+        raise InvalidRequestError(
+            f"the images are {total} bytes together, expected at most {MAX_IMAGE_BYTES}; send smaller ones"
+        )
+    return tuple(images)
 
 
 def _check_number(name: str, value: object, is_good: bool, expected: str) -> None:

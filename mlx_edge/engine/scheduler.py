@@ -45,6 +45,9 @@ class Job:
     deadline: float = math.inf
     can_draft: bool = False
     until_cut: int = 0  # tokens after which a chunk has to end; 0 for no such place ahead
+    is_ready: bool = (
+        True  # else it runs without a part in steps: images of its prompt are still to be encoded
+    )
     generates: bool = field(default=False, init=False)  # has chosen a token
 
     @property
@@ -127,7 +130,7 @@ class Scheduler:
             self._awaited, self._peak = self._peak, 0
             has_company = self._awaited > 1
             self._start_at = now + self._config.batch_timeout_ms / 1000 * has_company
-        rank = job.submitted / self._config.ageing_s - job.priority
+        rank = self._reading_rank(job)
         if job.client not in self._queues:
             self._join(job.client)
         insort(self._queues[job.client], (rank, job.key, job))
@@ -193,15 +196,25 @@ class Scheduler:
             admitted.append(job)
         return admitted
 
+    def next_unready(self) -> Job | None:
+        """The job that is to be made ready next: of those that run alone the first, else the one that ranks first."""
+        suspect = next(iter(self._suspects.values()), None)
+        if suspect is not None:
+            return None if suspect.is_ready else suspect
+        unready = [job for job in self._running.values() if not job.is_ready]
+        return min(unready, key=self._reading_rank, default=None)
+
     def plan(self) -> Plan:
         """The next step: a row of each job that generates, chunks of the prompts, drafts where rows are left."""
         if self._suspects:
             suspect = next(iter(self._suspects.values()))
-            return Plan((Part(suspect, min(suspect.longest_chunk, self._config.prefill_chunk)),))
+            length = min(suspect.longest_chunk, self._config.prefill_chunk)
+            return Plan((Part(suspect, length),) if suspect.is_ready else ())
         decoding = [job for job in self._running.values() if job.is_decoding]
         parts = []
         if len(decoding) < len(self._running):
-            reading = [job for job in self._running.values() if not job.is_decoding]
+            running = self._running.values()
+            reading = [job for job in running if job.is_ready and not job.is_decoding]
             parts = self._share_chunk(reading, has_others=bool(decoding))
         rows = len(decoding) + sum(part.num_tokens for part in parts)
         drafts = _deal(max(0, SMALL_STEP - rows), sum(job.can_draft for job in decoding))
@@ -240,7 +253,7 @@ class Scheduler:
         row_s = self.cost.row_s
         if has_others and row_s is not None:
             share = max(1, int(self._config.added_latency_ms / 1000 / max(row_s, 1e-9)))
-        reading.sort(key=lambda job: job.submitted / self._config.ageing_s - job.priority)
+        reading.sort(key=self._reading_rank)
         parts = []
         for job in reading:
             count = min(job.longest_chunk, share, left)
@@ -249,6 +262,9 @@ class Scheduler:
             left -= count
             parts.append(Part(job, count))
         return parts
+
+    def _reading_rank(self, job: Job) -> float:
+        return job.submitted / self._config.ageing_s - job.priority
 
     def _choose(self, now: float) -> Job | None:
         """The job to admit next, its memory reserved."""

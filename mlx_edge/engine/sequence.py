@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from mlx_edge.text import Tokenizer
 
 if TYPE_CHECKING:  # slow to import
     from mlx_edge.decoding.constraints import Constraint
+    from mlx_edge.models.vision.prompt import ImagePrompt
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,15 @@ class Sequence:
         tokenizer: Tokenizer,
         token_texts: TokenTexts,
         constraint: "Constraint | None",
+        images: "ImagePrompt | None" = None,
     ) -> None:
-        """`limit` is how many tokens may follow the prompt."""
+        """`limit` is how many tokens may follow the prompt, `images` what stands in it."""
         self.request = request
         self.context = list(prompt)  # prompt and generated tokens
         self.num_prompt = len(prompt)
+        self.images = images
+        self._num_image_tokens = sum(map(len, self.image_places))
+        self._prompt_keys = prompt if images is None else _narrow(images.keys(prompt))
         self.limit = limit
         self.caches: Any = None  # a cache per layer
         self.num_stored = 0  # tokens of the context in them
@@ -110,6 +116,20 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens chosen so far."""
         return len(self.context) - self.num_prompt
+
+    def keys(self, begin: int, end: int) -> list[int]:
+        """These tokens of the context as prefix cache and proposer know them.
+
+        Those of an image are negative numbers that tell what it shows, of 31 bits each.
+        """
+        generated = self.context[max(begin, self.num_prompt) : end]
+        return [*self._prompt_keys[begin:end], *generated]
+
+    @property
+    def image_places(self) -> list[range]:
+        """Where in the prompt images stand."""
+        spans = () if self.images is None else self.images.spans
+        return [range(span.start, span.end) for span in spans]
 
     @property
     def constraint(self) -> "Constraint | None":
@@ -192,6 +212,7 @@ class Sequence:
             total_s,
             self.drafted,
             self.accepted,
+            self._num_image_tokens,
         )
 
     def tell_proposer(self, limit: int) -> None:
@@ -200,7 +221,7 @@ class Sequence:
             return
         try:
             end = min(len(self.context), self._num_told + limit)
-            self.proposer.start(self.context[self._num_told : end], self._num_told)
+            self.proposer.start(self.keys(self._num_told, end), self._num_told)
             self._num_told = end
         except MLXEdgeError as error:
             self._drop_proposer(error)
@@ -214,10 +235,11 @@ class Sequence:
         if most < 1:
             return []
         try:
-            return self.proposer.propose(most)
+            drafts = self.proposer.propose(most)
         except MLXEdgeError as error:
             self._drop_proposer(error)
             return []
+        return list(takewhile(lambda token: token >= 0, drafts))  # none of an image
 
     def _drop_proposer(self, error: Exception) -> None:
         """Go on without drafts: the text is the same."""
@@ -229,7 +251,12 @@ class Sequence:
         if self.proposer is not None:
             self.proposer.finish()
         self.proposer = None
-        self.caches = None
+        self.caches = self.images = None
+
+
+def _narrow(keys: Tokens[int]) -> list[int]:
+    """Negative numbers cut to the 31 bits that a prefix cache has for them."""
+    return [key if key >= 0 else -1 - (-1 - key) % (1 << 31) for key in keys]
 
 
 def _make_processors(sampling: Sampling) -> Any:

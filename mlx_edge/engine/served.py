@@ -17,25 +17,37 @@ from mlx_edge.decoding.proposers import (
     check_trimmable,
     make_proposer,
 )
-from mlx_edge.engine.budget import MemoryBudget, largest, refuse
 from mlx_edge.engine.config import EngineConfig
+from mlx_edge.engine.images.features import ImageFeatures
 from mlx_edge.engine.ledger import Ledger
 from mlx_edge.engine.logprobs import TokenTexts
-from mlx_edge.engine.machine import default_budget_bytes
-from mlx_edge.engine.memory import MemoryModel, limit_mlx_cache
-from mlx_edge.engine.prefix_cache import PrefixCache
-from mlx_edge.engine.prefix_disk import PrefixDisk
+from mlx_edge.engine.memory.budget import MemoryBudget, largest, refuse
+from mlx_edge.engine.memory.machine import default_budget_bytes
+from mlx_edge.engine.memory.model import MemoryModel, limit_mlx_cache
+from mlx_edge.engine.prefix.cache import PrefixCache
+from mlx_edge.engine.prefix.disk import PrefixDisk
 from mlx_edge.engine.request import Request
 from mlx_edge.errors import InvalidRequestError, MemoryBudgetError
 from mlx_edge.models.decoder import Decoder, find_arrays
 from mlx_edge.models.interface import LanguageModel, make_cache_of, row_is_exact
 from mlx_edge.models.load import load
+from mlx_edge.models.vision.prompt import ImagePrompt
+from mlx_edge.models.vision.tower import VisionTower
 from mlx_edge.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_CHUNK = 16  # prompt tokens in a step, however little memory there is
 DRAFT_ROOM = 16  # positions beyond a sequence's end that rejected drafts may take for a moment
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a request has to be promised, at three times of its life."""
+
+    begin: int  # its images are patches
+    encoded: int  # its images are features
+    read: int  # its prompt is stored
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,12 @@ class Served:
     prefixes: PrefixCache[Any] | None
     token_texts: TokenTexts
     row_exactness: str | None
+    features: ImageFeatures | None  # of images; None for a model of text alone
+
+    @property
+    def tower(self) -> VisionTower | None:
+        """What reads images; None for a model of text alone."""
+        return getattr(self.model, "vision", None)
 
     @property
     def context_size(self) -> int:
@@ -81,28 +99,33 @@ class Served:
             )
         if self.draft_model is None or request.prompt_lookup is False:
             return None
+        if request.images:
+            logger.info("a request with images has no drafts: the draft model does not see them")
+            return None
         return make_proposer(
             self.model, draft_model=self.draft_model, num_draft_tokens=config.num_draft_tokens
         )
 
-    def needed_bytes(self, num_prompt: int, limit: int) -> int:
+    def needed_bytes(self, num_prompt: int, limit: int, images: ImagePrompt | None = None) -> Needs:
         """What a sequence can come to need.
 
         Raises: MemoryBudgetError when it would not fit even alone.
         """
         budget = self.ledger.budget
         if self.memory is None or budget is None:
-            return 0
+            return Needs(0, 0, 0)
         kv_bytes = self.memory.kv_bytes
+        features, encoding = self.memory.image_bytes(images)
 
         def fits(num_new: int) -> bool:
-            return budget.fits_alone(kv_bytes(num_prompt + num_new + DRAFT_ROOM))
+            return budget.fits_alone(kv_bytes(num_prompt + num_new + DRAFT_ROOM) + encoding)
 
         needed = kv_bytes(num_prompt + limit + DRAFT_ROOM)
-        if not budget.fits_alone(needed):
+        if not budget.fits_alone(needed + encoding):
             most = largest(fits, 1, limit)
-            raise refuse(budget, {"keys and values": needed}, largest_max_tokens=most)
-        return needed
+            parts = {"keys and values": needed, "images": encoding}
+            raise refuse(budget, parts, largest_max_tokens=most)
+        return Needs(needed + encoding, needed + features, needed)
 
 
 def open_model(model: str, config: EngineConfig, options: Mapping[str, Any]) -> Served:
@@ -131,16 +154,18 @@ def serve(model: LanguageModel[Any], tokenizer: Tokenizer, config: EngineConfig)
         memory, budget = _fit_chunk(memory, config)
         config = replace(config, prefill_chunk=memory.options.prefill_chunk)
     prefixes = _make_prefixes(model, config, budget)
+    features = _make_features(model, config, budget)
     return Served(
         model,
         tokenizer,
         draft_model,
         config,
         memory,
-        Ledger(budget, prefixes),
+        Ledger(budget, prefixes, features),
         prefixes,
         TokenTexts(tokenizer),
         row_is_exact(model),
+        features,
     )
 
 
@@ -196,6 +221,16 @@ def _make_prefixes(
             raise InvalidRequestError("prefix_cache_dir is for models that are defined here")
         disk = PrefixDisk(Path(config.prefix_cache_dir), config.prefix_disk_bytes, model)
     return PrefixCache(limit, disk)
+
+
+def _make_features(
+    model: LanguageModel[Any], config: EngineConfig, budget: MemoryBudget | None
+) -> ImageFeatures | None:
+    tower = getattr(model, "vision", None)
+    limit = config.image_cache_bytes
+    if limit is None:
+        limit = 0 if budget is None else budget.available // 16
+    return None if tower is None else ImageFeatures(tower, limit)
 
 
 Loader = Callable[[], Served]

@@ -8,38 +8,26 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_edge.decoding.loop import longest_chunk
-from mlx_edge.engine.delivery import Sink, completion_of
+from mlx_edge.engine.delivery import completion_of
+from mlx_edge.engine.images.stage import ImageStage
 from mlx_edge.engine.intake import Prepared
-from mlx_edge.engine.prefix_index import MIN_TOKENS
-from mlx_edge.engine.prefix_search import SWITCHED_OFF
+from mlx_edge.engine.prefix.index import MIN_TOKENS
+from mlx_edge.engine.prefix.search import SWITCHED_OFF
 from mlx_edge.engine.recorder import Recorder
-from mlx_edge.engine.request import FinishReason, Piece, Request, Usage
+from mlx_edge.engine.request import FinishReason, Piece, Usage
 from mlx_edge.engine.scheduler import Job, Part, Plan, Scheduler
 from mlx_edge.engine.sequence import Sequence
 from mlx_edge.engine.served import Served
 from mlx_edge.engine.stats import StepRecord
 from mlx_edge.engine.step import Turn, run_step
+from mlx_edge.engine.task import Task
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Task:
-    """A request that was submitted and has not ended."""
-
-    key: int
-    request: Request
-    sink: Sink
-    whole: bool  # one piece with everything
-    submitted: float
-    prepared: Prepared | None = None
-    sequence: Sequence | None = None
 
 
 class Service:
@@ -50,6 +38,7 @@ class Service:
         self.served, self.config = served, served.config
         self.scheduler = Scheduler(served.config, served.ledger)
         self._recorder, self._on_end = recorder, on_end
+        self._images = ImageStage(served)
         self._tasks: dict[int, Task] = {}
 
     def add(self, task: Task) -> None:
@@ -58,17 +47,19 @@ class Service:
 
     def enter(self, task: Task, result: Prepared | Exception) -> None:
         """A prepared request waits from now on."""
-        if task.key not in self._tasks:
-            return
         if isinstance(result, Exception):
-            self._fail(task, result)
+            if task.key in self._tasks:
+                self._fail(task, result)
+            return
+        if task.key not in self._tasks:
+            result.release()
             return
         task.prepared = result
         request = task.request
         job = Job(
             task.key,
             len(result.tokens),
-            result.nbytes,
+            result.needs.begin,
             task.submitted,
             request.priority,
             request.client,
@@ -86,10 +77,11 @@ class Service:
             return False
         for job in scheduler.admit(now):
             self._begin(job, now)
+        has_encoded = self._encode_one()
         plan = scheduler.plan()
         if plan:
             self._step(plan)
-        return bool(plan)
+        return bool(plan) or has_encoded
 
     @property
     def is_idle(self) -> bool:
@@ -115,11 +107,13 @@ class Service:
                 served.tokenizer,
                 served.token_texts,
                 prepared.constraint,
+                prepared.images,
             )
             if not request.use_prefix_cache:
                 sequence.cache_miss = SWITCHED_OFF
             elif served.prefixes is not None:
-                found = served.prefixes.lookup(prepared.tokens, served.kind)
+                keys = sequence.keys(0, sequence.num_prompt)
+                found = served.prefixes.lookup(keys, served.kind, sequence.image_places)
                 sequence.caches, sequence.num_stored = found.caches, found.num_tokens
                 sequence.cached_tokens, sequence.cache_miss = found.num_tokens, found.miss
                 served.ledger.count_prefixes()
@@ -133,7 +127,25 @@ class Service:
         task.sequence = sequence
         _count_pending(job, sequence)
         job.can_draft = sequence.proposer is not None
+        self._images.begin(job, task)
         self._recorder.begun(sequence.num_prompt, sequence.cached_tokens)
+
+    def _encode_one(self) -> bool:
+        """Run the tower on the image that comes next; False when there is none."""
+        job = self.scheduler.next_unready()
+        if job is None:
+            return False
+        task = self._tasks[job.key]
+        try:
+            seconds = self._images.encode_one(job, task)
+        except Exception as error:
+            _settle()
+            self._fail(task, error)
+            return True
+        if seconds is not None:
+            self._recorder.encoded(seconds)
+        self.scheduler.retry()
+        return True
 
     def _step(self, plan: Plan) -> None:
         """Run one step and hand out what it brings."""
@@ -182,6 +194,7 @@ class Service:
             return
         if sequence.num_generated == turn.num_new:
             sequence.first_token_s = now - task.submitted
+            self._images.end(task)
             self._remember(sequence)
         if turn.has_ended:
             self._complete(task, now)
@@ -196,7 +209,7 @@ class Service:
         if sequence.num_stored < MIN_TOKENS:
             return
         try:
-            stored = sequence.context[: sequence.num_stored]
+            stored = sequence.keys(0, sequence.num_stored)
             served.prefixes.store(stored, sequence.caches, served.kind)
             served.ledger.count_prefixes()
         except Exception:
@@ -219,6 +232,11 @@ class Service:
             sequence.forget(vocab_size)
             sequence.caches = self.served.make_caches()
             _count_pending(part.job, sequence)
+            try:
+                self._images.begin_anew(part.job, self._tasks[part.job.key])
+            except Exception as images_error:
+                self._fail(self._tasks[part.job.key], images_error)
+                continue
             suspects.append(part.job)
         self.scheduler.distrust(suspects)
 
@@ -270,6 +288,8 @@ class Service:
 
     def _release(self, task: Task) -> None:
         del self._tasks[task.key]
+        if task.prepared is not None:
+            task.prepared.release()
         self._on_end()
         self.scheduler.remove(task.key)
         if task.sequence is not None:

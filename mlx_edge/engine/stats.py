@@ -17,6 +17,8 @@ class StepRecord:
     new_tokens: int  # tokens chosen
     running: int
     waiting: int
+    images: int = 0  # encoded since the step before
+    image_s: float = 0.0  # that it took, beside `seconds`
 
 
 class Listener(Protocol):
@@ -52,6 +54,9 @@ class EngineStats:
     prefix_hit_tokens: int
     drafted: int
     accepted: int
+    images: int  # that went through the tower; cached ones do not
+    image_s: float  # that it took; no step ran meanwhile
+    image_bytes: int  # of features that are kept
     row_exactness: (
         str | None
     )  # None: a request's tokens do not depend on its neighbours; else why they may

@@ -56,7 +56,15 @@ def run_step(model: LanguageModel[Any], turns: List[Turn]) -> None:
     lengths = [turn.num_tokens + len(turn.drafts) for turn in turns]
     kept = [turn.num_kept for turn in turns]
     choosing = [turn for turn in turns if turn.num_kept]
-    logits = run_sequences(model, mx.array(tokens, dtype=mx.int32), caches, lengths, kept)
+    images = [turn.sequence.images for turn in turns]
+    logits = run_sequences(
+        model,
+        mx.array(tokens, dtype=mx.int32),
+        caches,
+        lengths,
+        kept,
+        images if any(own is not None for own in images) else (),
+    )
     stored = [array for cache in caches for layer in cache for array in layer.arrays]
     _Chooser(logits, choosing, rows).choose(stored)
     del stored

@@ -13,11 +13,14 @@ from queue import Empty, SimpleQueue
 
 from mlx_edge.engine.config import EngineConfig
 from mlx_edge.engine.delivery import LoopPost, Sink
+from mlx_edge.engine.images.intake import PatchRoom
 from mlx_edge.engine.intake import Prepared, is_quick, prepare
+from mlx_edge.engine.memory.vision_sizes import MAX_ROOM_BYTES
 from mlx_edge.engine.recorder import Recorder
 from mlx_edge.engine.request import Request
 from mlx_edge.engine.served import Served
-from mlx_edge.engine.service import Service, Task, tell
+from mlx_edge.engine.service import Service, tell
+from mlx_edge.engine.task import Task
 from mlx_edge.errors import EngineClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,9 @@ class Worker:
         self._service: Service | None = None  # in this thread alone, as all that follows
         self._must_stop = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlx_edge-prepare")
+        # Images wait for room, which must not hold up texts.
+        self._image_pool = ThreadPoolExecutor(1, thread_name_prefix="mlx_edge-images")
+        self._room = PatchRoom(MAX_ROOM_BYTES)
         self.thread = threading.Thread(target=self._run, name="mlx_edge-engine", daemon=True)
 
     # From any thread.
@@ -88,6 +94,9 @@ class Worker:
     def _run(self) -> None:
         try:
             self.served = self._load()
+            memory = self.served.memory
+            if memory is not None and memory.vision is not None:
+                self._room = PatchRoom(memory.vision.room_bytes)
             self._service = Service(self.served, self.recorder, self._count_end)
             self.recorder.begin(self.served)
         except BaseException as error:
@@ -169,11 +178,12 @@ class Worker:
         if is_quick(task.request):
             service.enter(task, _prepare(task.request, service.served))
         else:
-            self._pool.submit(self._prepare_aside, task, service)
+            pool = self._image_pool if task.request.images else self._pool
+            pool.submit(self._prepare_aside, task, service)
 
     def _prepare_aside(self, task: Task, service: Service) -> None:
         """In the pool's thread."""
-        result = _prepare(task.request, service.served)
+        result = _prepare(task.request, service.served, self._room)
         self._inbox.put(lambda: service.enter(task, result))
 
     def _die(self, error: BaseException) -> None:
@@ -182,7 +192,7 @@ class Worker:
             self._error = error
         self.loaded.set()
         self._take_messages(wait_s=0)
-        self._pool.shutdown(wait=False)
+        self._shut_pools(wait=False)
 
     def _end(self, service: Service) -> None:
         """The thread ends: nobody is left waiting, and prefixes are kept where there is a place for them."""
@@ -192,16 +202,23 @@ class Worker:
             self._take_messages(wait_s=0)
         service.fail_all(EngineClosedError(BROKEN_OFF))
         self.post.flush()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._shut_pools(wait=True)
         if service.served.prefixes is not None:
             service.served.prefixes.close()
         self.recorder.end()
         self._service = self.served = None
 
+    def _shut_pools(self, *, wait: bool) -> None:
+        self._room.close()
+        for pool in (self._pool, self._image_pool):
+            pool.shutdown(wait=wait, cancel_futures=wait)
 
-def _prepare(request: Request, served: Served) -> Prepared | Exception:
+
+def _prepare(
+    request: Request, served: Served, room: PatchRoom | None = None
+) -> Prepared | Exception:
     try:
-        return prepare(request, served)
+        return prepare(request, served, room)
     except Exception as error:
         return error
 

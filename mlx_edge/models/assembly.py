@@ -1,27 +1,47 @@
-"""A decoder put together from a checkpoint: every tensor found by name, checked against the configuration.
+"""A decoder put together from a checkpoint: which tensors its configuration and family want, and where they go.
 
-A missing tensor, a wrong shape or dtype, and a tensor that nobody asked for are errors that name it.
+How tensors are found and checked is in `tensors.py`, how experts are in `moe.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_edge import ops
-from mlx_edge.errors import ModelFormatError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, Layer
+from mlx_edge.models.moe import read_matrices
 from mlx_edge.models.packing import Packer
 from mlx_edge.models.rope import make_rope
-from mlx_edge.quant import Packing
+from mlx_edge.models.tensors import Tensors, find_prefix, stored_name
 from mlx_edge.weights import Checkpoint
 
-FLOATS = ("F32", "F16", "BF16")
+if TYPE_CHECKING:  # it stands on numpy, which a model of text can do without
+    from mlx_edge.models.vision.tower import VisionTower
+
+
+def find_splits(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The layers whose one matrix is several, by their names in the files, and the rows of each of these."""
+    family = config.family
+    prefix = find_prefix(checkpoint.names(), family.embedding)
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    splits = {
+        family.fused_qkv: (query, key, key),
+        family.fused_gate_up: (config.intermediate_size,) * 2,
+    }
+    return {
+        stored_name(family.layer.format(index=index) + name, prefix): rows
+        for index in range(config.num_layers)
+        for name, rows in splits.items()
+        if name is not None
+    }
 
 
 class Assembler:
-    """Reads a model's tensors from a checkpoint, each once."""
+    """Makes the parts of a model from its tensors, each once."""
 
     def __init__(
         self,
@@ -30,186 +50,170 @@ class Assembler:
         convert: Callable[[mx.array], mx.array],
         packer: Packer | None = None,
     ) -> None:
-        """`convert` is applied to every float tensor: the dtype that this machine computes in. With a `packer`
-        weights are taken in the layout of the CPU kernels, as far as these serve them."""
-        self._checkpoint = checkpoint
+        """`convert` and `packer` as for `Tensors`."""
         self._config = config
-        self._convert = convert
-        self._packer = packer
-        self._unused = set(checkpoint.names())
-        self._unused_scales = set(config.quantization.input_scales)
+        prefix = find_prefix(checkpoint.names(), config.family.embedding)
+        self.tensors = Tensors(checkpoint, config.quantization, convert, packer, prefix)
 
     def assemble(self) -> Decoder:
         """The whole model.
 
         Raises: ModelFormatError for a tensor that is missing, left over, or of another shape or dtype.
         """
-        config = self._config
+        config, family = self._config, self._config.family
         embedding = self.embedding()
-        rope = make_rope(config.rope, config.head_dim)
-        layers = tuple(self.layer(index, rope) for index in range(config.num_layers))
+        layers = tuple(self.layer(index) for index in range(config.num_layers))
+        checkpoint = self.tensors.checkpoint
+        head = self.head(embedding)
         decoder = Decoder(
-            config,
-            embedding,
-            layers,
-            self.head(embedding),
-            self._checkpoint,
-            self._checkpoint.report,
+            config, embedding, layers, head, checkpoint, checkpoint.report, self.tower()
         )
-        self._refuse_unused()
+        self.tensors.refuse_unused(family.ignored_suffixes, family.ignored_prefixes)
         return decoder
+
+    def tower(self) -> "VisionTower | None":
+        """What reads images, of a model that does; UnsupportedModelError for images of a kind that is not known."""
+        config = self._config
+        if config.vision is None:
+            return None
+        from mlx_edge.models.vision.assembly import assemble_tower, read_processor
+
+        processor = read_processor(self.tensors.checkpoint.folder, config.vision)
+        return assemble_tower(self.tensors, config.vision, processor, config.hidden_size)
 
     def embedding(self) -> ops.Embedding:
         """The token table."""
-        config, name = self._config, self._config.family.embedding
-        # It is looked up in, nothing is multiplied: a scale of its input would be without meaning.
-        return ops.Embedding(self._weight(name, config.vocab_size, config.hidden_size))
+        config = self._config
+        table = self.tensors.table(config.family.embedding, config.vocab_size, config.hidden_size)
+        return ops.Embedding(table, config.scales.embedding)
 
     def head(self, embedding: ops.Embedding) -> ops.HeadWeights:
         """The final norm, and the head: the token table itself where the two are tied."""
-        norm = self._norm(self._config.family.final_norm, self._config.hidden_size)
-        return ops.HeadWeights(norm, self._projection(embedding.table))
+        scales = self._config.scales
+        return ops.HeadWeights(
+            self._sized_norm(self._config.family.final_norm, self._config.hidden_size),
+            self._projection(embedding.table),
+            scales.logits,
+            scales.logits_cap,
+        )
 
     def _projection(self, table: ops.Linear) -> ops.Linear:
         config, name = self._config, self._config.family.head
         is_tied = config.is_tied
         if is_tied is None:
-            is_tied = f"{name}.weight" not in self._unused
+            is_tied = not self.tensors.has(f"{name}.weight")
         if not is_tied:
-            return self._linear(name, config.vocab_size, config.hidden_size)
-        # Some exporters save the tied head as well.
-        self._unused -= {f"{name}.{part}" for part in ("weight", "scales", "biases")}
-        scale = self._input_scale(name)
+            return self.tensors.linear(name, config.vocab_size, config.hidden_size)
+        self.tensors.skip(name)  # some exporters save the tied head as well
+        scale = self.tensors.input_scale(name)
         if scale is None:
             return table
         table = table.restore() if isinstance(table, ops.Packed) else table
         return replace(table, input_scale=scale)
 
-    def layer(self, index: int, rope: ops.Rope) -> Layer:
-        """One layer; `rope` is shared by those that turn their heads."""
-        config, family = self._config, self._config.family
-        prefix = family.layer.format(index=index)
-        hidden, inner = config.hidden_size, config.intermediate_size
-        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        qkv_bias, mlp_bias = config.has_qkv_bias, config.has_mlp_bias
-        kind = config.layers[index]
+    def layer(self, index: int) -> Layer:
+        """One layer."""
+        kind = self._config.layers[index]
+        prefix = self._config.family.layer.format(index=index)
+        experts = self._config.experts
+        has_experts = experts is not None and experts.layers[index]
+        mlp = self._experts(prefix) if has_experts else self._mlp(prefix)
+        rope = self._rope if kind.window is None else self._window_rope
+        return Layer(self._attention(prefix, kind.window), mlp, rope if kind.has_rope else None)
 
-        def head_norm(name: str) -> ops.Norm | None:
-            return self._norm(prefix + name, config.head_dim) if config.has_qk_norm else None
+    @cached_property
+    def _rope(self) -> ops.Rope:
+        """Shared by the layers that turn their heads."""
+        return make_rope(self._config.rope, self._config.head_dim)
 
-        attention = ops.AttentionWeights(
-            norm=self._norm(prefix + family.attention_norm, hidden),
-            q=self._linear(prefix + family.query, query, hidden, has_bias=qkv_bias),
-            k=self._linear(prefix + family.key, key, hidden, has_bias=qkv_bias),
-            v=self._linear(prefix + family.value, key, hidden, has_bias=qkv_bias),
-            o=self._linear(prefix + family.output, hidden, query, has_bias=config.has_output_bias),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
-            q_norm=head_norm(family.query_norm),
-            k_norm=head_norm(family.key_norm),
-            window=kind.window,
-        )
-        mlp = ops.MLPWeights(
-            norm=self._norm(prefix + family.mlp_norm, hidden),
-            gate=self._linear(prefix + family.gate, inner, hidden, has_bias=mlp_bias),
-            up=self._linear(prefix + family.up, inner, hidden, has_bias=mlp_bias),
-            down=self._linear(prefix + family.down, hidden, inner, has_bias=mlp_bias),
-        )
-        return Layer(attention, mlp, rope if kind.has_rope else None)
+    @cached_property
+    def _window_rope(self) -> ops.Rope:
+        own = self._config.window_rope
+        return self._rope if own is None else make_rope(own, self._config.head_dim)
 
-    def _linear(self, name: str, rows: int, columns: int, *, has_bias: bool = False) -> ops.Linear:
-        if has_bias:
-            self._check(f"{name}.bias", FLOATS, (rows,))
-        bias = self._float(f"{name}.bias") if has_bias else None
-        return self._weight(name, rows, columns, bias, self._input_scale(name))
-
-    def _input_scale(self, name: str) -> float | None:
-        self._unused_scales.discard(name)
-        return self._config.quantization.input_scales.get(name)
-
-    def _weight(
-        self,
-        name: str,
-        rows: int,
-        columns: int,
-        bias: mx.array | None = None,
-        input_scale: float | None = None,
-    ) -> ops.Linear:
-        packing = self._config.quantization.packing(name)
-        # A default packing covers what could be packed; MLX leaves other layers as floats.
-        if packing is None or f"{name}.scales" not in self._unused:
-            self._check(f"{name}.weight", FLOATS, (rows, columns))
-            packing = None
+    def _attention(self, prefix: str, window: int | None) -> ops.AttentionWeights:
+        config, family, tensors = self._config, self._config.family, self.tensors
+        hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+        query, key = heads * config.head_dim, kv_heads * config.head_dim
+        if family.fused_qkv is not None:
+            name = prefix + family.fused_qkv
+            q, k, v = tensors.parts(name, [query, key, key], hidden, has_bias=config.has_qkv_bias)
         else:
-            self._check_packs(name, rows, columns, packing)
-        if self._packer is not None and input_scale is None:
-            packed = self._packer.pack(name, bias)
-            if packed is not None:
-                return packed
-        if packing is None:
-            return ops.Dense(self._float(f"{name}.weight"), bias, input_scale)
-        is_affine = packing.mode == "affine"
-        scales = self._checkpoint.read(f"{name}.scales")
-        return ops.Quantized(
-            self._checkpoint.read(f"{name}.weight"),
-            self._convert(scales) if is_affine else scales,
-            self._float(f"{name}.biases") if is_affine else None,
-            packing.group_size,
-            packing.bits,
-            packing.mode,
-            bias,
-            input_scale,
+            rows = ((family.query, query), (family.key, key), (family.value, key))
+            q, k, v = (
+                tensors.linear(prefix + name, count, hidden, has_bias=config.has_qkv_bias)
+                for name, count in rows
+            )
+        return ops.AttentionWeights(
+            norm=self._norm(family.attention_norm, prefix),
+            q=q,
+            k=k,
+            v=v,
+            o=tensors.linear(
+                prefix + family.output, hidden, query, has_bias=config.has_output_bias
+            ),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=config.head_dim,
+            scale=config.scales.attention,
+            q_norm=self._head_norm(prefix + family.query_norm, heads),
+            k_norm=self._head_norm(prefix + family.key_norm, kv_heads),
+            window=window,
+            post_norm=self._norm(family.attention_post_norm, prefix),
+            residual_scale=config.scales.residual,
+            softcap=config.scales.attention_cap,
+            sinks=tensors.array(prefix + family.sinks, (heads,)) if family.has_sinks else None,
         )
 
-    def _check_packs(self, name: str, rows: int, columns: int, packing: Packing) -> None:
-        if columns % packing.group_size:
-            raise ModelFormatError(
-                f"{name}: {columns} columns do not divide into groups of {packing.group_size}; "
-                "config.json's quantization does not belong to these weights"
+    def _mlp(self, prefix: str) -> ops.MLPWeights:
+        config, family, tensors = self._config, self._config.family, self.tensors
+        hidden, inner, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        if family.fused_gate_up is not None:
+            name = prefix + family.fused_gate_up
+            gate, up = tensors.parts(name, [inner, inner], hidden, has_bias=has_bias)
+        else:
+            gate, up = (
+                tensors.linear(prefix + name, inner, hidden, has_bias=has_bias)
+                for name in (family.gate, family.up)
             )
-        groups = columns // packing.group_size
-        is_affine = packing.mode == "affine"
-        self._check(f"{name}.weight", ("U32",), (rows, columns * packing.bits // 32))
-        self._check(f"{name}.scales", FLOATS if is_affine else ("U8",), (rows, groups))
-        if is_affine:
-            self._check(f"{name}.biases", FLOATS, (rows, groups))
+        return ops.MLPWeights(
+            norm=self._norm(family.mlp_norm, prefix),
+            gate=gate,
+            up=up,
+            down=tensors.linear(prefix + family.down, hidden, inner, has_bias=has_bias),
+            activation=config.activation,
+            post_norm=self._norm(family.mlp_post_norm, prefix),
+            residual_scale=config.scales.residual,
+        )
 
-    def _norm(self, name: str, size: int) -> ops.Norm:
-        self._check(f"{name}.weight", FLOATS, (size,))
-        return ops.Norm(self._float(f"{name}.weight"), self._config.norm_eps)
+    def _experts(self, prefix: str) -> ops.MoEWeights:
+        config, family, experts = self._config, self._config.family, self._config.experts
+        names = family.experts
+        assert experts is not None and names is not None
+        router = self.tensors.linear(
+            prefix + names.router, experts.num_experts, config.hidden_size, has_bias=names.has_bias
+        )
+        return ops.MoEWeights(
+            norm=self._norm(family.mlp_norm, prefix),
+            router=router,
+            **read_matrices(self.tensors, prefix, names, experts, config.hidden_size),
+            num_experts=experts.num_experts,
+            top_k=experts.top_k,
+            is_normalized=experts.is_normalized,
+            activation=config.activation,
+            post_norm=self._norm(family.mlp_post_norm, prefix),
+            residual_scale=config.scales.residual,
+        )
 
-    def _float(self, name: str) -> mx.array:
-        return self._convert(self._checkpoint.read(name))
+    def _norm(self, name: str | None, prefix: str = "") -> ops.Norm | None:
+        return None if name is None else self._sized_norm(prefix + name, self._config.hidden_size)
 
-    def _check(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
-        """A tensor that is used: there, of this type and shape, and asked for once."""
-        if name not in self._unused:
-            raise ModelFormatError(
-                f"{self._checkpoint.folder}: tensor {name} is missing; "
-                "the download is not complete, or config.json belongs to another model"
-            )
-        self._unused.discard(name)
-        entry = self._checkpoint.entry(name)
-        if entry.dtype not in dtypes or tuple(entry.shape) != shape:
-            raise ModelFormatError(
-                f"{self._checkpoint.folder}: tensor {name} is {entry.dtype} {list(entry.shape)}, "
-                f"expected {' or '.join(dtypes)} {list(shape)}"
-            )
+    def _head_norm(self, name: str, num_heads: int) -> ops.Norm | None:
+        config, family = self._config, self._config.family
+        if family.has_wide_qk_norm:
+            return self._sized_norm(name, num_heads * config.head_dim)
+        return self._sized_norm(name, config.head_dim) if config.has_qk_norm else None
 
-    def _refuse_unused(self) -> None:
-        ignored = self._config.family.ignored_suffixes
-        if self._unused_scales:
-            raise ModelFormatError(
-                f"{self._checkpoint.folder}/config.json: activation_quantization names "
-                f"{', '.join(sorted(self._unused_scales)[:3])}, which no input of this model goes into; "
-                "it belongs to another model"
-            )
-        left = sorted(name for name in self._unused if not name.endswith(ignored))
-        if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise ModelFormatError(
-                f"{self._checkpoint.folder}: tensors that this model does not use: "
-                f"{', '.join(left[:3])}{more}; config.json belongs to another model"
-            )
+    def _sized_norm(self, name: str, size: int) -> ops.Norm:
+        offset = 1.0 if self._config.family.has_norm_offset else 0.0
+        return self.tensors.norm(name, size, self._config.norm_eps, offset)

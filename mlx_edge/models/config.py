@@ -14,8 +14,12 @@ from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.families import FAMILIES, Family
 from mlx_edge.models.fields import Fields
 from mlx_edge.models.layers import LayerKind, read_layers
+from mlx_edge.models.moe import ExpertsConfig, read_experts
 from mlx_edge.models.quantization import Quantization
-from mlx_edge.models.rope import MAX_CONTEXT, RopeConfig, read_rope
+from mlx_edge.models.rope import MAX_CONTEXT, RopeConfig, read_ropes
+from mlx_edge.models.scales import Scales, read_scales
+from mlx_edge.models.vision.config import VisionConfig, read_vision
+from mlx_edge.ops import Activation
 
 MAX_LAYERS = 512
 MAX_EXTENT = 1 << 24  # no model dimension, head count or vocabulary is near it
@@ -42,6 +46,11 @@ class ModelConfig:
     has_qkv_bias: bool
     has_output_bias: bool  # on the attention's output projection
     has_mlp_bias: bool
+    activation: Activation
+    scales: Scales
+    window_rope: RopeConfig | None = None  # of layers with a window, where they have their own
+    experts: ExpertsConfig | None = None
+    vision: VisionConfig | None = None  # of a model that reads images
     quantization: Quantization = field(default_factory=Quantization)
 
     @property
@@ -71,43 +80,98 @@ class ModelConfig:
                 f"({', '.join(sorted(FAMILIES))}); other architectures run by mlx-lm's definitions: "
                 "pip install 'mlx-edge[bridge]', then --bridge mlx-lm, in Python load(..., bridge='mlx-lm')"
             )
-        num_heads = fields.integer("num_attention_heads", high=MAX_EXTENT)
-        num_kv_heads = fields.integer("num_key_value_heads", num_heads, high=MAX_EXTENT)
+        vision = read_vision(fields, NEUTRAL)
+        fields = _find_text(fields, family)
+        is_tied = fields.raw.get("tie_word_embeddings")
         hidden_size = fields.integer("hidden_size", high=MAX_EXTENT)
-        if num_heads % num_kv_heads:
-            raise ModelFormatError(
-                f"{fields.name}: num_attention_heads {num_heads} is not a multiple of "
-                f"num_key_value_heads {num_kv_heads}"
-            )
+        num_heads, num_kv_heads, head_dim = _read_heads(fields, hidden_size)
         has_bias = fields.boolean("attention_bias", False)
         num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
         context_size = fields.integer("max_position_embeddings", 2048, high=MAX_CONTEXT)
+        rope, window_rope = read_ropes(fields, family, head_dim, context_size)
+        experts = read_experts(fields, family, num_layers)
+        all_have_experts = experts is not None and all(experts.layers)
+        inner_default = experts.inner_size if experts is not None and all_have_experts else None
         config = ModelConfig(
             model_type=model_type,
             num_layers=num_layers,
             hidden_size=hidden_size,
-            intermediate_size=fields.integer("intermediate_size", high=MAX_EXTENT),
+            intermediate_size=fields.integer("intermediate_size", inner_default, high=MAX_EXTENT),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=fields.integer("head_dim", max(1, hidden_size // num_heads), high=4096),
+            head_dim=head_dim,
             vocab_size=fields.integer("vocab_size", high=MAX_EXTENT),
             context_size=context_size,
             norm_eps=fields.number("rms_norm_eps", low=0.0),
-            rope=read_rope(fields, family.default_theta, context_size),
-            is_tied=fields.boolean("tie_word_embeddings") if "tie_word_embeddings" in raw else None,
+            rope=rope,
+            is_tied=None if is_tied is None else fields.boolean("tie_word_embeddings"),
             layers=read_layers(fields, family, num_layers),
             has_qk_norm=family.has_qk_norm,
             has_qkv_bias=has_bias or family.has_qkv_bias,
             has_output_bias=has_bias and family.has_output_bias,
             has_mlp_bias=fields.boolean("mlp_bias", False),
+            activation=_read_activation(fields, family),
+            scales=read_scales(fields, family, head_dim, hidden_size),
+            window_rope=window_rope,
+            experts=experts,
+            vision=vision,
             quantization=Quantization.read(fields),
         )
-        if config.head_dim % 2:
-            raise ModelFormatError(
-                f"{fields.name}: head_dim {config.head_dim} is odd; RoPE turns pairs"
-            )
-        _refuse_unsupported(fields, family)
+        fields.unread -= NEUTRAL | set(family.ignored_keys)
+        fields.refuse_unread()
         return config
+
+
+def _find_text(fields: Fields, family: Family) -> Fields:
+    """What says how text is processed: all of the file, and the nested `text_config` of a model that also sees."""
+    outer = {**family.defaults, **fields.raw}
+    if not family.has_text_config:
+        return Fields(outer, fields.name)
+    inner = fields.nested("text_config")
+    given = {} if inner is None else {k: v for k, v in inner.raw.items() if k != "model_type"}
+    # Old files say inside that the head is tied, new ones outside; either may repeat the default.
+    ties = [raw.get("tie_word_embeddings") for raw in (given, outer)]
+    text = Fields({**outer, **given, "tie_word_embeddings": _find_tie(ties)}, fields.name)
+    text.unread -= {"text_config", *VISION_KEYS}
+    return text
+
+
+def _find_tie(ties: list[Any]) -> Any:
+    said = [tie for tie in ties if tie is not None]
+    return next((tie for tie in said if tie is not False), said[0] if said else None)
+
+
+def _read_heads(fields: Fields, hidden_size: int) -> tuple[int, int, int]:
+    """Query heads, key heads and the size of one."""
+    num_heads = fields.integer("num_attention_heads", high=MAX_EXTENT)
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads, high=MAX_EXTENT)
+    if num_heads % num_kv_heads:
+        raise ModelFormatError(
+            f"{fields.name}: num_attention_heads {num_heads} is not a multiple of "
+            f"num_key_value_heads {num_kv_heads}"
+        )
+    head_dim = fields.integer("head_dim", max(1, hidden_size // num_heads), high=4096)
+    if head_dim % 2:
+        raise ModelFormatError(f"{fields.name}: head_dim {head_dim} is odd; RoPE turns pairs")
+    return num_heads, num_kv_heads, head_dim
+
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def _read_activation(fields: Fields, family: Family) -> Activation:
+    name = fields.string("hidden_activation", fields.string("hidden_act", "silu"))
+    fields.string("hidden_act", "silu")
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{fields.name}: hidden_act {name!r} is not supported for {family.model_type}; "
+            f"known are {', '.join(_ACTIVATIONS)}"
+        )
+    return family.activation or _ACTIVATIONS[name]
 
 
 # Keys that describe training, files or generation defaults; none changes what a forward pass computes.
@@ -124,20 +188,16 @@ NEUTRAL = frozenset(
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
-    quantization_config transformers.js_config""".split()
+    quantization_config transformers.js_config cache_implementation output_router_logits
+    router_aux_loss_coef router_jitter_noise""".split()
 )
 
-
-def _refuse_unsupported(fields: Fields, family: Family) -> None:
-    """Every key that is left must be neutral, or say what this family does anyway."""
-    activation = fields.string("hidden_act", fields.string("hidden_activation", "silu"))
-    fields.string("hidden_activation", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            f"{fields.name}: hidden_act {activation!r} is not supported for {family.model_type}; known is silu"
-        )
-    fields.unread -= NEUTRAL
-    fields.refuse_unread()
+# Of the files of models that also see; what a text needs of them is read by the vision part.
+VISION_KEYS = frozenset(
+    """vision_config image_token_id image_token_index video_token_id video_token_index image_start_token_id
+    image_end_token_id video_start_token_id video_end_token_id vision_start_token_id vision_end_token_id
+    vision_token_id boi_token_index eoi_token_index mm_tokens_per_image""".split()
+)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

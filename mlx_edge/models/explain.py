@@ -31,13 +31,14 @@ def _choices(model: Decoder, width: int) -> Iterator[tuple[str, str, str]]:
     meta = ops.StepMeta.uniform(0, batch_size=1, width=width)
     tokens = mx.zeros((1, width), mx.int32)
     yield "embed", "", str(ops.choose("embed", tokens, model.embedding))
-    x = mx.zeros((1, width, model.config.hidden_size), model.layers[0].attention.norm.weight.dtype)
+    x = mx.zeros((1, width, model.config.hidden_size), model.head.norm.weight.dtype)
     layers = list(zip(model.layers, model.make_cache(), strict=True))
     for index, (layer, kv) in enumerate(layers):
         choice = ops.choose("attention_block", x, layer.attention, kv, layer.rope, meta)
         yield "attention_block", f"layer {index}", str(choice)
     for index, (layer, _) in enumerate(layers):
-        yield "mlp_block", f"layer {index}", str(ops.choose("mlp_block", x, layer.mlp))
+        op = "moe_block" if isinstance(layer.mlp, ops.MoEWeights) else "mlp_block"
+        yield op, f"layer {index}", str(ops.choose(op, x, layer.mlp))
     yield "head", "", str(ops.choose("head", x, model.head))
 
 

@@ -42,6 +42,14 @@ class Fields:
             raise self._wrong(key, value, f"a list of whole numbers from {low} to {high}")
         return value
 
+    def numbers(self, key: str, *, low: float) -> list[float]:
+        """A list of finite numbers above `low`; empty when the key is absent."""
+        value = self._value(key, [])
+        if not isinstance(value, list):
+            raise self._wrong(key, value, "a list of numbers")
+        items = Fields({str(i): item for i, item in enumerate(value)}, f"{self.name}: {key}")
+        return [items.number(str(i), low=low) for i in range(len(value))]
+
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """A truth value."""
         value = self._value(key, default)

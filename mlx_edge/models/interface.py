@@ -4,13 +4,17 @@ The shapes of types, and steps of many sequences for models that can and for tho
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import mlx.core as mx
 
 from mlx_edge.cache import QuantizedRows, RowFormat
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.weights import LoadReport
+
+if TYPE_CHECKING:  # it stands on numpy and the tower, which models of text can do without
+    from mlx_edge.models.vision.prompt import ImagePrompt
 
 
 class LayerCache(Protocol):
@@ -105,6 +109,51 @@ class LanguageModel(Protocol[Cache]):
         """An empty cache; InvalidRequestError for an option that this model cannot serve."""
 
 
+Cache_contra = TypeVar("Cache_contra", bound=LayerCache, contravariant=True)
+
+
+class Forward(Protocol[Cache_contra]):
+    """A step of one sequence: a model, or one that has been told of the sequence's images."""
+
+    def __call__(
+        self, tokens: mx.array, cache: Sequence[Cache_contra], *, logits_to_keep: int | None = None
+    ) -> mx.array:
+        """As `LanguageModel.__call__`."""
+
+
+def reads_images(model: LanguageModel[Any]) -> bool:
+    """Whether the model has a vision tower."""
+    return getattr(model, "vision", None) is not None
+
+
+def check_reads_images(model: LanguageModel[Any], has_images: bool) -> None:
+    """Raise InvalidRequestError for images to a model that cannot see."""
+    if has_images and not reads_images(model):
+        raise InvalidRequestError(
+            f"this model reads text only ({model.config.model_type}); leave the images out, "
+            "or load a model with vision"
+        )
+
+
+def refuse_places(model: LanguageModel[Any], tokens: mx.array) -> None:
+    """Raise InvalidRequestError for a prompt with a place for an image, where only text is read."""
+    vision: Any = getattr(model, "vision", None)
+    if vision is not None and (tokens == vision.config.image_token_id).any().item():
+        raise InvalidRequestError(
+            f"the prompt has a place for an image (token {vision.config.image_token_id}), and here is only text read; "
+            "use generate or the engine"
+        )
+
+
+def tell_images(model: LanguageModel[Cache], images: "ImagePrompt | None") -> Forward[Cache]:
+    """The model's step over a sequence with these images; the model itself where there are none.
+
+    Raises: InvalidRequestError for images to a model that cannot see.
+    """
+    check_reads_images(model, images is not None)
+    return model if images is None else partial(model, images=images)  # type: ignore[call-arg]
+
+
 class CacheOptions(Protocol):
     """How keys and values are kept, in mlx-lm's words: a command's flags, or an engine's settings."""
 
@@ -142,17 +191,21 @@ def run_sequences(
     caches: Sequence[Sequence[Cache]],
     lengths: Sequence[int],
     logits_to_keep: Sequence[int],
+    images: "Sequence[ImagePrompt | None]" = (),
 ) -> mx.array:
     """Logits (sum(logits_to_keep), V) of many sequences: as `Decoder.run_sequences`, for a model without it one by one.
 
     Sequence i brings `lengths[i]` of the int32 tokens (T,), which follow what `caches[i]` holds and are stored there;
-    its last `logits_to_keep[i]` have logits.
+    its last `logits_to_keep[i]` have logits; `images[i]` describes it, if there are images in it.
 
-    Raises: InvalidRequestError for numbers that do not fit together, or one cache for two sequences.
+    Raises: InvalidRequestError for numbers that do not fit together, one cache for two sequences, or images to a
+    model that cannot see.
     """
+    check_reads_images(model, any(own is not None for own in images))
     together: Any = getattr(model, "run_sequences", None)
     if together is not None:
-        logits: mx.array = together(tokens, caches, lengths, logits_to_keep)
+        told = {"images": images} if images else {}
+        logits: mx.array = together(tokens, caches, lengths, logits_to_keep, **told)
         return logits
     find_kept_rows(tokens.size, caches, lengths, logits_to_keep)
     parts, begin = [], 0

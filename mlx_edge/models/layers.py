@@ -25,18 +25,23 @@ def read_layers(fields: Fields, family: Family, num_layers: int) -> tuple[LayerK
     has_rope = _read_rope_layers(fields, family, num_layers)
     window = _read_window(fields, family)
     first = fields.integer("max_window_layers", 28, low=0, high=1 << 20)
+    every = 1
+    if family.window_layers == "pattern":
+        every = fields.integer("sliding_window_pattern", high=1 << 20)
     default = {
         "none": [False] * num_layers,
         "all": [window is not None] * num_layers,
         "last": [window is not None and index >= first for index in range(num_layers)],
         "without rope": [window is not None and not rope for rope in has_rope],
+        "pattern": [(index + 1) % every != 0 for index in range(num_layers)],
     }[family.window_layers]
     sees_window = _read_layer_types(fields, num_layers)
     if sees_window is None:
         sees_window = default
-    elif any(sees_window) and window is None:
+    if any(sees_window) and window is None:
+        said = "layer_types" if fields.raw.get("layer_types") else family.model_type
         raise ModelFormatError(
-            f"{fields.name}: layer_types names windows, but sliding_window is not set"
+            f"{fields.name}: {said} names windows, but sliding_window is not set"
         )
     if window is not None and family.window_layers == "none" and not any(sees_window):
         raise UnsupportedModelError(
@@ -52,8 +57,6 @@ def read_layers(fields: Fields, family: Family, num_layers: int) -> tuple[LayerK
 def _read_window(fields: Fields, family: Family) -> int | None:
     is_given = fields.raw.get("sliding_window") is not None
     uses_it = fields.boolean("use_sliding_window", is_given or family.window_layers == "all")
-    if "sliding_window" not in fields.raw and family.default_window is not None:
-        return family.default_window
     window = fields.integer("sliding_window", high=MAX_WINDOW) if is_given else None
     return window if uses_it else None
 

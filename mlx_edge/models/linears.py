@@ -1,6 +1,7 @@
 """The linear layers of a decoder by the names that they have in files: found, and replaced by others.
 
-Knows which names a family gives them; nothing of what is in them.
+Knows which names a family gives them; nothing of what is in them. Parts of a matrix that is fused in files go by the
+names that others have for them, experts by those of mlx-lm.
 """
 
 from collections.abc import Mapping
@@ -45,6 +46,10 @@ def replace_linears(
 def _names(config: ModelConfig, index: int) -> dict[tuple[str, str], str]:
     family = config.family
     prefix = family.layer.format(index=index)
-    fields = [("attention", f, w) for f, w in ATTENTION.items()]
-    fields += [("mlp", f, w) for f, w in MLP.items()]
-    return {(part, field): prefix + getattr(family, word) for part, field, word in fields}
+    names = {("attention", f): prefix + getattr(family, word) for f, word in ATTENTION.items()}
+    experts = config.experts
+    if family.experts is None or experts is None or not experts.layers[index]:
+        return names | {("mlp", f): prefix + getattr(family, word) for f, word in MLP.items()}
+    names["mlp", "router"] = prefix + family.experts.router
+    stacked = prefix + family.experts.stacked
+    return names | {("mlp", f): f"{stacked}{f}_proj" for f in MLP}

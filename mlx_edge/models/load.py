@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_edge import ops
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.assembly import Assembler
+from mlx_edge.models.assembly import Assembler, find_splits
 from mlx_edge.models.bridge import BRIDGES, load_bridged
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, find_arrays
@@ -167,6 +167,7 @@ def _load_weights(
                 precision=precision,
                 use_file=use_mmap,
                 on_progress=show_progress("Packing weights for this CPU, once"),
+                splits=find_splits(checkpoint, config),
             )
         model = Assembler(checkpoint, config, convert_float, packer).assemble()
         start = time.perf_counter()

@@ -6,8 +6,11 @@ training needs is read again from the checkpoint (`restore`).
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +28,16 @@ FLOAT_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """A run of rows of a quantized weight, which is packed as one."""
+
+    layer: str
+    first: int
+    end: int
+    sizes: Any  # the kernels' own record
+
+
 class Packer:
     """Makes the packed weights of one checkpoint, by layer name."""
 
@@ -36,18 +49,35 @@ class Packer:
         precision: ops.Precision = "int8",
         use_file: bool = True,
         on_progress: Progress | None = None,
+        splits: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Maps the packed file, or packs now. `precision` is that of the activations that meet quantized weights.
+        `splits` are the layers that are several matrices, one below another, and the rows of each.
 
         Raises as `open_packed` does.
         """
         self._checkpoint = checkpoint
         self._quantization = quantization
         self._precision: ops.Precision = precision
-        self._sizes = {name: sizes for name in _layers(checkpoint) if (sizes := self._plan(name))}
+        splits = splits or {}
+        matrices = (
+            self._plan(name, first, end)
+            for name in _layers(checkpoint)
+            for first, end in pairwise(
+                [0, *accumulate(splits.get(name, (_num_rows(checkpoint, name),)))]
+            )
+        )
+        self._matrices = {
+            self._part_name(found.layer, found.first, found.end): found
+            for found in matrices
+            if found is not None
+        }
         self._file: PackedFile | None = None
-        if self._sizes:
-            parts = [Part(name, sizes.num_bytes) for name, sizes in sorted(self._sizes.items())]
+        if self._matrices:
+            parts = [
+                Part(name, matrix.sizes.num_bytes)
+                for name, matrix in sorted(self._matrices.items())
+            ]
             self._file = open_packed(
                 self._key(parts),
                 parts,
@@ -67,31 +97,42 @@ class Packer:
         if self._file is not None:
             self._file.lock_memory()
 
-    def pack(self, layer: str, bias: mx.array | None) -> ops.Packed | None:
-        """The weight of a layer with its bias, or None when the kernels do not serve it."""
+    def _part_name(self, layer: str, first: int, end: int) -> str:
+        is_whole = end - first == _num_rows(self._checkpoint, layer)
+        return layer if is_whole else f"{layer}[{first}:{end}]"
+
+    def pack(
+        self, layer: str, bias: mx.array | None, rows: tuple[int, int] | None = None
+    ) -> ops.Packed | None:
+        """The weight of a layer with its bias, or None when the kernels do not serve it; of a layer that is several
+        matrices one of these, by its first row and the one behind its last, with its own bias."""
+        first, end = rows or (0, _num_rows(self._checkpoint, layer))
         numbers = [] if bias is None else bias.tolist()
-        restore = cache(lambda: _restore(self._checkpoint, layer, self._quantization, bias))
-        if self._file is not None and layer in self._sizes:
-            sizes = self._sizes[layer]
-            memory: Any = self._file.parts[layer]
+        restore = cache(
+            lambda: _restore(self._checkpoint, layer, self._quantization, bias, first, end)
+        )
+        name = self._part_name(layer, first, end)
+        if self._file is not None and name in self._matrices:
+            sizes = self._matrices[name].sizes
+            memory: Any = self._file.parts[name]
         else:
             entry = self._checkpoint.entry(f"{layer}.weight")
-            if entry.dtype not in FLOAT_TYPES or len(entry.shape) != 2:
+            if entry.dtype not in FLOAT_TYPES or len(entry.shape) < 2:
                 return None
-            sizes = _matrix("dense", *entry.shape, 0, 0, entry.dtype)
-            memory = self._checkpoint.read_bytes(f"{layer}.weight")
+            sizes = _matrix("dense", end - first, entry.shape[-1], 0, 0, entry.dtype)
+            memory = _rows_of(self._checkpoint, f"{layer}.weight", first, end)
         return ops.Packed(
             extension().Weight(sizes, memory, numbers),
             (sizes.rows, sizes.columns),
             sizes.num_bytes,
-            layer in self._sizes,
+            name in self._matrices,
             self._precision,
             restore,
             pack_weight,
         )
 
-    def _plan(self, layer: str) -> Any:
-        """The sizes of a quantized weight, or None when it is none or the kernels do not serve it."""
+    def _plan(self, layer: str, first: int, end: int) -> _Matrix | None:
+        """Rows of a quantized weight, or None when it is none or the kernels do not serve it."""
         packing = self._quantization.packing(layer)
         if packing is None or packing.mode not in ("affine", "mxfp4"):
             return None
@@ -101,32 +142,41 @@ class Packer:
             self._checkpoint.entry(f"{layer}.{part}") for part in ("weight", "scales")
         )
         is_affine = packing.mode == "affine"
-        if weight.dtype != "U32" or len(weight.shape) != 2:
+        if weight.dtype != "U32" or len(weight.shape) < 2:
             return None
-        rows, columns = weight.shape[0], weight.shape[1] * 32 // packing.bits
-        wanted = (rows, columns // packing.group_size)
+        columns = weight.shape[-1] * 32 // packing.bits
+        wanted = (*weight.shape[:-1], columns // packing.group_size)
         offsets = self._checkpoint.entry(f"{layer}.biases") if is_affine else scales
         if scales.shape != wanted or (offsets.shape, offsets.dtype) != (wanted, scales.dtype):
             return None
         if is_affine != (scales.dtype in FLOAT_TYPES):
             return None
-        sizes = _matrix(packing.mode, rows, columns, packing.bits, packing.group_size, scales.dtype)
-        return None if sizes.refusal else sizes
+        if not 0 <= first < end <= _num_rows(self._checkpoint, layer):
+            return None  # the tensor is of another shape, which its reader says
+        sizes = _matrix(
+            packing.mode, end - first, columns, packing.bits, packing.group_size, scales.dtype
+        )
+        return None if sizes.refusal else _Matrix(layer, first, end, sizes)
 
     def _key(self, parts: list[Part]) -> str:
-        packings = [(part, self._quantization.packing(part.name)) for part in parts]
+        packings = [
+            (part, self._quantization.packing(self._matrices[part.name].layer)) for part in parts
+        ]
         digest = hashlib.sha256(repr(packings).encode()).hexdigest()[:16]
         return f"{self._checkpoint.fingerprint()}-cpu{LAYOUT}-{digest}"
 
     def _fill(self, part: Part, to: memoryview) -> None:
-        sizes = self._sizes[part.name]
-        packing = self._quantization.packing(part.name)
+        matrix = self._matrices[part.name]
+        packing = self._quantization.packing(matrix.layer)
         names = ["weight", "scales"] + ["biases"] * (
             packing is not None and packing.mode == "affine"
         )
-        sources = [_read_words(self._checkpoint, f"{part.name}.{name}") for name in names]
+        sources = [
+            _rows_of(self._checkpoint, f"{matrix.layer}.{name}", matrix.first, matrix.end)
+            for name in names
+        ]
         packs, scales, *offsets = sources
-        extension().pack(sizes, packs, scales, offsets[0] if offsets else None, to)
+        extension().pack(matrix.sizes, packs, scales, offsets[0] if offsets else None, to)
 
 
 def pack_weight(
@@ -180,10 +230,19 @@ def _matrix(mode: str, rows: int, columns: int, bits: int, group_size: int, dtyp
     return ext.Matrix(getattr(ext.Format, mode), rows, columns, bits, group_size, kind)
 
 
-def _read_words(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
-    """The bytes of a tensor where the kernels may read words."""
+def _num_rows(checkpoint: Checkpoint, layer: str) -> int:
+    """Rows of a weight; of one with more axes all of them together."""
+    return prod(checkpoint.entry(f"{layer}.weight").shape[:-1])
+
+
+def _rows_of(checkpoint: Checkpoint, name: str, first: int, end: int) -> bytes | memoryview:
+    """The bytes of a tensor's rows where the kernels may read words."""
+    entry = checkpoint.entry(name)
     data = checkpoint.read_bytes(name)
-    return bytes(data) if checkpoint.entry(name).begin % 4 else data
+    row_bytes = len(data) // prod(entry.shape[:-1])
+    begin = first * row_bytes
+    part = data[begin : end * row_bytes]
+    return bytes(part) if (entry.begin + begin) % 4 else part
 
 
 def _bytes_of(array: mx.array) -> Any:
@@ -194,18 +253,29 @@ def _bytes_of(array: mx.array) -> Any:
 
 
 def _restore(
-    checkpoint: Checkpoint, layer: str, quantization: Quantization, bias: mx.array | None
+    checkpoint: Checkpoint,
+    layer: str,
+    quantization: Quantization,
+    bias: mx.array | None,
+    first: int,
+    end: int,
 ) -> ops.Dense | ops.Quantized:
     """The weight as the checkpoint has it, read anew."""
     packing = quantization.packing(layer)
     with Checkpoint.open(checkpoint.folder) as again:
-        weight = again.read(f"{layer}.weight")
+
+        def read(part: str) -> mx.array:
+            array = again.read(f"{layer}.{part}")
+            array = array.reshape(-1, array.shape[-1])
+            return array if end - first == array.shape[0] else array[first:end]
+
+        weight = read("weight")
         if packing is None or f"{layer}.scales" not in again.names():
             mx.eval(weight)
             return ops.Dense(weight, bias)
-        scales = again.read(f"{layer}.scales")
+        scales = read("scales")
         has_offsets = packing.mode == "affine"
-        offsets = again.read(f"{layer}.biases") if has_offsets else None
+        offsets = read("biases") if has_offsets else None
         mx.eval([array for array in (weight, scales, offsets) if array is not None])
         return _quantized(weight, scales, offsets, packing, bias)
 

@@ -68,6 +68,10 @@ def save_prompt_cache(
             f"metadata of a prompt cache needs {', '.join(_DESCRIBED)}, as describe_prompt makes them, "
             f"and may not set {', '.join(_WRITTEN)}"
         )
+    if any(cache.holds_images for cache in caches):
+        raise InvalidRequestError(
+            "the caches hold images, which a prompt cache has no place for; store a prompt of text alone"
+        )
     states = [cache.state() for cache in caches]
     rows = json.loads(metadata["tokens"])
     lengths = tuple(len(row) for row in rows)

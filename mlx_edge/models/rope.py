@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
+from mlx_edge.models.families import Family
 from mlx_edge.models.fields import Fields
 from mlx_edge.ops import Rope
 
@@ -27,11 +29,18 @@ class RopeConfig:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     is_truncated: bool = True  # yarn's correction range is rounded outward to whole pairs
-    magnitude: float = 1.0  # yarn's scale of queries and keys
+    magnitude: float = 1.0  # of queries and keys: yarn, longrope
+    stretches: tuple[float, ...] = ()  # longrope: of each period
+    share: float = 1.0  # of a head that is turned, from its beginning
+    is_interleaved: bool = False
+    sections: tuple[int, ...] = ()  # pairs that turn by time, by height and by width
 
 
-def read_rope(fields: Fields, default_theta: float, context_size: int) -> RopeConfig:
-    """RoPE from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`.
+def read_ropes(
+    fields: Fields, family: Family, head_dim: int, context_size: int
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """RoPE from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`; and that of the layers
+    with a window, where they have their own.
 
     Raises: ModelFormatError for broken values, UnsupportedModelError for a kind or a key that is not known.
     """
@@ -41,20 +50,80 @@ def read_rope(fields: Fields, default_theta: float, context_size: int) -> RopeCo
         raise ModelFormatError(
             f"{fields.name}: rope_parameters and rope_scaling contradict each other"
         )
-    theta = fields.number("rope_theta", default_theta, low=0.0)
-    if nested is None:
-        return RopeConfig(theta)
-    theta = nested.number("rope_theta", theta, low=0.0)
-    kind = nested.string("rope_type", nested.string("type", "default"))
-    nested.string("type", "default")
-    read = _READERS.get(kind)
-    if read is None:
-        raise UnsupportedModelError(
-            f"{nested.name}: rope type {kind!r} is not supported; known are {', '.join(_READERS)}"
-        )
-    config = read(nested, theta, context_size)
+    theta = fields.number("rope_theta", 10000.0, low=0.0)
+    beside = _read_beside(fields, family)
+
+    def read(part: Fields | None, theta: float) -> RopeConfig:
+        raw = {} if part is None else part.raw
+        name = fields.name if part is None else part.name
+        config = _read_one(Fields({**beside, **raw}, name), family, theta, context_size, head_dim)
+        return replace(config, is_interleaved=family.has_interleaved_rope)
+
+    if not family.has_window_rope:
+        return read(nested, theta), None
+    window_theta = fields.number("rope_local_base_freq", 10000.0, low=0.0)
+    if nested is None or not {"full_attention", "sliding_attention"} & set(nested.raw):
+        return read(nested, theta), read(None, window_theta)
+    ropes = (
+        read(nested.nested("full_attention"), theta),
+        read(nested.nested("sliding_attention"), window_theta),
+    )
     nested.refuse_unread()
+    return ropes
+
+
+_BESIDE = ("partial_rotary_factor", "original_max_position_embeddings", "mrope_section")
+
+
+def _read_beside(fields: Fields, family: Family) -> dict[str, Any]:
+    """What may stand beside the nested object as well as in it."""
+    keys = [key for key in _BESIDE if key in family.numbers]
+    fields.unread -= set(keys)
+    return {key: fields.raw[key] for key in keys if fields.raw.get(key) is not None}
+
+
+def _read_one(
+    fields: Fields, family: Family, theta: float, context_size: int, head_dim: int
+) -> RopeConfig:
+    theta = fields.number("rope_theta", theta, low=0.0)
+    kind = fields.string("rope_type", fields.string("type", "default"))
+    fields.string("type", "default")
+    if "long_factor" in fields.raw and kind in ("su", "yarn"):  # as old Phi-3 files call it
+        kind = "longrope"
+    read = _READERS.get(kind)
+    if read is None or (kind == "mrope" and "mrope_section" not in family.numbers):
+        known = ", ".join(kind for kind in _READERS if kind != "mrope")
+        raise UnsupportedModelError(
+            f"{fields.name}: rope type {kind!r} is not supported; known are {known}"
+        )
+    config = read(fields, theta, context_size)
+    if "partial_rotary_factor" in family.numbers:
+        config = replace(config, share=fields.number("partial_rotary_factor", 1.0, low=0.0))
+    if "mrope_section" in family.numbers:
+        sections = fields.integers("mrope_section", low=1, high=head_dim)
+        config = replace(config, sections=tuple(sections))
+    _check_pairs(fields, config, head_dim)
+    fields.unread -= set(_BESIDE) & set(family.numbers)
+    fields.refuse_unread()
     return config
+
+
+def _check_pairs(fields: Fields, config: RopeConfig, head_dim: int) -> None:
+    dims = int(head_dim * config.share)
+    if config.share > 1 or dims < 2 or dims % 2:
+        raise ModelFormatError(
+            f"{fields.name}: RoPE turns {config.share:g} of head_dim {head_dim}; {dims} is odd, or not in a head, "
+            "expected whole pairs"
+        )
+    if config.sections and (len(config.sections) != 3 or 2 * sum(config.sections) != dims):
+        raise ModelFormatError(
+            f"{fields.name}: mrope_section is {list(config.sections)}, "
+            f"expected three runs of {dims // 2} pairs together"
+        )
+    if config.stretches and len(config.stretches) != dims // 2:
+        raise ModelFormatError(
+            f"{fields.name}: longrope has {len(config.stretches)} factors for {dims // 2} pairs"
+        )
 
 
 def _read_default(_fields: Fields, theta: float, _context_size: int) -> RopeConfig:
@@ -112,29 +181,63 @@ def _read_yarn(fields: Fields, theta: float, context_size: int) -> RopeConfig:
     return config
 
 
+def _read_longrope(fields: Fields, theta: float, context_size: int) -> RopeConfig:
+    """Phi's LongRoPE (Ding et al. 2024): a factor for each period.
+
+    transformers chooses between two lists by the length of each sequence. Here the context decides, once: keys that are
+    stored were turned already, and a prompt's may come in parts. So a model that was made for more than its original
+    context has the long factors, also for short texts, as in mlx-lm.
+    """
+    original = fields.integer("original_max_position_embeddings", context_size, high=MAX_CONTEXT)
+    factor = fields.number("factor", context_size / original, low=0.0)
+    default = math.sqrt(1 + math.log(factor) / math.log(max(2, original))) if factor > 1 else 1.0
+    lists = {key: fields.numbers(f"{key}_factor", low=0.0) for key in ("short", "long")}
+    if not all(lists.values()):
+        raise ModelFormatError(f"{fields.name}: longrope needs short_factor and long_factor")
+    return RopeConfig(
+        theta,
+        "longrope",
+        factor=factor,
+        original_context=original,
+        stretches=tuple(lists["long" if context_size > original else "short"]),
+        magnitude=fields.number("attention_factor", default, low=0.0),
+    )
+
+
 def _yarn_magnitude(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 _READERS: Mapping[str, Callable[[Fields, float, int], RopeConfig]] = {
     "default": _read_default,
+    "mrope": _read_default,  # as Qwen's files call it; the sections say the rest
     "linear": _read_linear,
     "dynamic": _read_dynamic,
     "llama3": _read_llama3,
     "yarn": _read_yarn,
+    "longrope": _read_longrope,
 }
 
 
 def make_rope(config: RopeConfig, head_dim: int) -> Rope:
-    """The record that the ops take, periods (head_dim / 2,) float32."""
-    periods = [config.theta ** (index / head_dim) for index in range(0, head_dim, 2)]
+    """The record that the ops take, periods (dims / 2,) float32."""
+    dims = int(head_dim * config.share)
+    periods = [config.theta ** (index / dims) for index in range(0, dims, 2)]
     if config.kind == "linear":
         periods = [period * config.factor for period in periods]
     elif config.kind == "llama3":
         periods = _stretch_llama3(periods, config)
     elif config.kind == "yarn":
         periods = _stretch_yarn(periods, config)
-    return Rope(mx.array(periods, mx.float32), head_dim, magnitude=config.magnitude)
+    elif config.kind == "longrope":
+        periods = [a * b for a, b in zip(periods, config.stretches, strict=True)]
+    return Rope(
+        mx.array(periods, mx.float32),
+        dims,
+        is_interleaved=config.is_interleaved,
+        magnitude=config.magnitude,
+        sections=config.sections,
+    )
 
 
 def _stretch_llama3(periods: Periods, config: RopeConfig) -> list[float]:

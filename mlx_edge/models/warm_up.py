@@ -24,7 +24,7 @@ def warm_up(model: Decoder) -> float:
             for layer, kv in zip(model.layers, cache, strict=True):
                 weights = layer.attention
                 shape = (1, weights.num_kv_heads, num_stored, weights.head_dim)
-                zeros = mx.zeros(shape, weights.norm.weight.dtype)
+                zeros = mx.zeros(shape, model.head.norm.weight.dtype)
                 kv.extend(zeros, zeros, meta)
         mx.eval(model(mx.zeros((1, 1), mx.int32), cache))
     return time.perf_counter() - began

@@ -29,6 +29,7 @@ from mlx_edge.ops.types import (
     KVHandle,
     Linear,
     MLPWeights,
+    MoEWeights,
     Norm,
     Packed,
     PackedRows,
@@ -52,6 +53,7 @@ __all__ = [
     "KVHandle",
     "Linear",
     "MLPWeights",
+    "MoEWeights",
     "Norm",
     "Packed",
     "PackedRows",
@@ -67,6 +69,7 @@ __all__ = [
     "argmax",
     "attention",
     "attention_block",
+    "attention_within",
     "choose",
     "embed",
     "explain",
@@ -76,6 +79,7 @@ __all__ = [
     "linear",
     "log_softmax",
     "mlp_block",
+    "moe_block",
     "observe",
     "reference",
     "rms_norm",
@@ -117,9 +121,20 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """Softmax attention of q (B, H, L, D) over all segments together: (B, H, L, D)."""
-    y: mx.array = run("attention", q, segments, meta, scale=scale, window=window)
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    y: mx.array = run("attention", q, segments, meta, **options)
+    return y
+
+
+def attention_within(
+    q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int], *, scale: float
+) -> mx.array:
+    """Softmax attention of q over k and v (H, L, D), each run of `lengths` over itself, both ways: (H, L, D)."""
+    y: mx.array = run("attention_within", q, k, v, lengths, scale=scale)
     return y
 
 
@@ -159,6 +174,12 @@ def attention_block(
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     """One feed-forward layer with its norm and residual: (B, L, E) to (B, L, E)."""
     y: mx.array = run("mlp_block", x, weights)
+    return y
+
+
+def moe_block(x: mx.array, weights: MoEWeights) -> mx.array:
+    """One mixture-of-experts layer with its norm and residual: (B, L, E) to (B, L, E)."""
+    y: mx.array = run("moe_block", x, weights)
     return y
 
 

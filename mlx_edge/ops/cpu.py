@@ -6,7 +6,6 @@ weights and where they lie is `models/packing.py`'s.
 """
 
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -15,6 +14,16 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edge.errors import MemoryBudgetError
+from mlx_edge.ops.cpu_records import (
+    Records,
+    handle_of,
+    make_attention_layer,
+    make_head_layer,
+    make_mlp_layer,
+    make_moe_layer,
+    make_norm,
+    make_step_record,
+)
 from mlx_edge.ops.types import (
     Activation,
     AttentionWeights,
@@ -23,6 +32,7 @@ from mlx_edge.ops.types import (
     KVHandle,
     Linear,
     MLPWeights,
+    MoEWeights,
     Norm,
     Packed,
     PagedHandle,
@@ -34,6 +44,8 @@ from mlx_edge.ops.types import (
 INSTALL_AGAIN = "install mlx_edge again, with g++ and cmake at hand"
 NO_FLOAT32 = "activations are not float32"
 NOT_PACKED = "weights are not packed for it"
+MAX_HEAD_DIM = 256
+BLOCK_ROWS = 16  # of a packed matrix: an expert begins with one
 FIXED_STEPS = "inputs are rounded in fixed steps; it serves those that it rounds itself, and floats"
 
 
@@ -138,71 +150,7 @@ def trim_memory() -> None:
         found.trim_memory()
 
 
-class _Records:
-    """The kernels' records of ours, made at their first use and dropped with them."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[Any, ...]] = {}
-
-    def get(self, ours: Any, make: Callable[..., Any], *others: Any) -> Any:
-        """`make(ours, *others)`, the same one again for the same records."""
-        known = self._made.get(id(ours))
-        if known is not None and all(a is b for a, b in zip(known[1:], others, strict=True)):
-            return known[0]
-        record = make(ours, *others)
-        if known is None:
-            weakref.finalize(ours, self._made.pop, id(ours), None)
-        self._made[id(ours)] = (record, *others)
-        return record
-
-
-_records = _Records()
-
-
-def _norm(norm: Norm) -> Any:
-    return extension().Norm(norm.weight.astype(mx.float32).tolist(), norm.eps)
-
-
-def _rope(rope: Rope) -> Any:
-    return extension().Rope(rope.periods.tolist(), rope.dims, rope.is_interleaved, rope.magnitude)
-
-
-def _attention_layer(weights: AttentionWeights, rope: Rope | None) -> Any:
-    return extension().AttentionLayer(
-        norm=_norm(weights.norm),
-        q=_handle(weights.q),
-        k=_handle(weights.k),
-        v=_handle(weights.v),
-        o=_handle(weights.o),
-        num_heads=weights.num_heads,
-        num_kv_heads=weights.num_kv_heads,
-        head_dim=weights.head_dim,
-        scale=weights.scale,
-        q_norm=None if weights.q_norm is None else _norm(weights.q_norm),
-        k_norm=None if weights.k_norm is None else _norm(weights.k_norm),
-        rope=None if rope is None else _rope(rope),
-        window=weights.window or 0,
-    )
-
-
-def _mlp_layer(weights: MLPWeights) -> Any:
-    ext = extension()
-    return ext.MLPLayer(
-        _norm(weights.norm),
-        _handle(weights.gate),
-        _handle(weights.up),
-        _handle(weights.down),
-        getattr(ext.Activation, weights.activation),
-    )
-
-
-def _head_layer(weights: HeadWeights) -> Any:
-    return extension().HeadLayer(_norm(weights.norm), _handle(weights.projection))
-
-
-def _handle(weights: Linear) -> Any:
-    assert isinstance(weights, Packed)
-    return weights.handle
+_records = Records()
 
 
 def _precision(weights: Linear) -> Any:
@@ -211,13 +159,9 @@ def _precision(weights: Linear) -> Any:
     return precision.int8 if weights.precision == "int8" else precision.floating
 
 
-def _step(meta: StepMeta) -> Any:
-    return extension().Step(list(meta.starts), list(meta.lengths), meta.width, meta.is_ragged)
-
-
 def make_step(meta: StepMeta) -> Any:
     """The kernels' record of a step: the same one for all layers of a pass."""
-    return _records.get(meta, _step)
+    return _records.get(meta, make_step_record, extension())
 
 
 def _refuse(x: mx.array, *weights: Linear) -> str | None:
@@ -237,7 +181,7 @@ def linear(x: mx.array, weights: Packed) -> mx.array:
 
 def rms_norm(x: mx.array, norm: Norm) -> mx.array:
     """As `ops.rms_norm`."""
-    y: mx.array = extension().rms_norm(x, _records.get(norm, _norm))
+    y: mx.array = extension().rms_norm(x, _records.get(norm, make_norm, extension()))
     return y
 
 
@@ -255,7 +199,7 @@ def attention_block(
     meta: StepMeta,
 ) -> mx.array:
     """As `ops.attention_block`, over stores that are appended to in place."""
-    layer = _records.get(weights, _attention_layer, rope)
+    layer = _records.get(weights, make_attention_layer, extension(), rope)
     handles: Sequence[Any] = kv.handles if isinstance(kv, RaggedKV) else (kv,)
     heads, dim = weights.num_kv_heads, weights.head_dim
     metas = meta.alone if meta.is_ragged else (meta,)
@@ -277,21 +221,37 @@ def attention_block(
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     """As `ops.mlp_block`."""
     y: mx.array = extension().mlp_block(
-        x, _records.get(weights, _mlp_layer), _precision(weights.gate)
+        x, _records.get(weights, make_mlp_layer, extension()), _precision(weights.gate)
     )
+    return y
+
+
+def moe_block(x: mx.array, weights: MoEWeights) -> mx.array:
+    """As `ops.moe_block`; the router meets floats, whatever the precision of the experts."""
+    y: mx.array = extension().moe_block(
+        x, _records.get(weights, make_moe_layer, extension()), _precision(weights.gate)
+    )
+    return y
+
+
+def attention_within(
+    q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int], *, scale: float
+) -> mx.array:
+    """As `ops.attention_within`; no score matrix exists."""
+    y: mx.array = extension().attention_within(q, k, v, list(lengths), scale)
     return y
 
 
 def embed(tokens: mx.array, weights: Embedding) -> mx.array:
     """As `ops.embed`; a token outside the table has a row of NaN."""
-    y: mx.array = extension().embed(tokens, _handle(weights.table))
+    y: mx.array = extension().embed(tokens, handle_of(weights.table), weights.scale)
     return y
 
 
 def head(x: mx.array, weights: HeadWeights) -> mx.array:
     """As `ops.head`."""
     y: mx.array = extension().head(
-        x, _records.get(weights, _head_layer), _precision(weights.projection)
+        x, _records.get(weights, make_head_layer, extension()), _precision(weights.projection)
     )
     return y
 
@@ -323,6 +283,25 @@ def refuse_attention_block(
     return _refuse(x, weights.q, weights.k, weights.v, weights.o)
 
 
+def _refuse_moe_block(x: mx.array, weights: MoEWeights) -> str | None:
+    experts = (weights.gate, weights.up, weights.down)
+    for packed in experts:
+        rows = packed.shape[0] // weights.num_experts
+        if isinstance(packed, Packed) and packed.is_quantized and rows % BLOCK_ROWS:
+            return f"packed experts of {rows} rows; multiples of {BLOCK_ROWS} are served"
+    return _refuse(x, weights.router, *experts)
+
+
+def _refuse_attention_within(
+    q: mx.array, k: mx.array, v: mx.array, _lengths: Sequence[int], *, scale: float
+) -> str | None:
+    if not q.dtype == k.dtype == v.dtype == mx.float32:
+        return NO_FLOAT32
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"heads of {q.shape[-1]}; at most {MAX_HEAD_DIM} are served"
+    return None
+
+
 def _refuse_embed(_tokens: mx.array, weights: Embedding) -> str | None:
     return None if isinstance(weights.table, Packed) else NOT_PACKED
 
@@ -332,7 +311,9 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., str | None]]] = {
     "rms_norm": (rms_norm, lambda x, _norm: _refuse(x)),
     "glu": (glu, lambda gate, _up, _activation: _refuse(gate)),
     "attention_block": (attention_block, refuse_attention_block),
+    "attention_within": (attention_within, _refuse_attention_within),
     "mlp_block": (mlp_block, lambda x, w: _refuse(x, w.gate, w.up, w.down)),
+    "moe_block": (moe_block, _refuse_moe_block),
     "embed": (embed, _refuse_embed),
     "head": (head, lambda x, w: _refuse(x, w.projection)),
     "log_softmax": (log_softmax, _refuse),

@@ -17,6 +17,7 @@ from mlx_edge.ops.metal_attention import PART, Positions, attend, place
 from mlx_edge.ops.metal_attention import refuse as refuse_attention
 from mlx_edge.ops.metal_launch import on
 from mlx_edge.ops.metal_qmv import (
+    ACTIVATIONS,
     describe,
     have_one_format,
     qmv_glu,
@@ -25,6 +26,8 @@ from mlx_edge.ops.metal_qmv import (
     refuse,
     refuse_residual,
 )
+from mlx_edge.ops.reference import add_residual
+from mlx_edge.ops.reference_attention import cap
 from mlx_edge.ops.types import (
     AttentionWeights,
     HeadWeights,
@@ -81,8 +84,10 @@ def linear(x: mx.array, weights: Linear) -> mx.array:
 
 
 def head(x: mx.array, weights: HeadWeights) -> mx.array:
-    """As `ops.head`: the norm is in the product."""
-    return _back(qmv_norm(_rows(x), weights.norm, [weights.projection], exact=_is_exact(x)), x)
+    """As `ops.head`: the norm is in the product; a scale and a cap are MLX's."""
+    rows = qmv_norm(_rows(x), weights.norm, [weights.projection], exact=_is_exact(x))
+    rows = rows if weights.scale == 1.0 else rows * weights.scale
+    return _back(cap(rows, weights.softcap), x)
 
 
 def attention_block(
@@ -103,7 +108,20 @@ def attention_block(
         )
     else:
         heads = _attend(qkv, weights, kv, rope, meta)
-    return _back(qmv_res(heads, weights.o, rows, exact=exact), x)
+    return _back(_add(rows, heads, weights.o, weights, exact), x)
+
+
+def _add(
+    rows: mx.array,
+    y: mx.array,
+    last: Linear,
+    weights: AttentionWeights | MLPWeights,
+    exact: bool,
+) -> mx.array:
+    """The residual rows + y times the layer's last weight; in one launch where nothing comes between the two."""
+    if weights.post_norm is None and weights.residual_scale == 1.0:
+        return qmv_res(y, last, rows, exact=exact)
+    return add_residual(rows, qmv_norm(y, None, [last], exact=exact), weights)
 
 
 def _attend(
@@ -123,6 +141,7 @@ def _attend(
         rope=rope,
         q_norm=weights.q_norm,
         k_norm=weights.k_norm,
+        sinks=weights.sinks,
     )
     kv.close_step(tail, meta)
     return heads
@@ -145,6 +164,7 @@ def _place(meta: StepMeta, stored: StoredPlanes, window: int | None) -> Position
         window=min(windows, default=0),
         keep=stored.keep,
         keep_window=window or 0,
+        shifts=meta.shifts,
     )
 
 
@@ -165,7 +185,7 @@ def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     rows = _rows(x)
     gate, up, activation, exact = weights.gate, weights.up, weights.activation, _is_exact(x)
     inner = qmv_glu(rows, weights.norm, gate, up, activation, exact=exact)
-    return _back(qmv_res(inner, weights.down, rows, exact=exact), x)
+    return _back(_add(rows, inner, weights.down, weights, exact), x)
 
 
 def _rows(x: mx.array) -> mx.array:
@@ -210,6 +230,8 @@ def refuse_attention_block(
             bits=bits,
             group_size=group_size,
             keep=keep,
+            norms=(weights.q_norm, weights.k_norm),
+            softcap=weights.softcap,
         )
         for bits, group_size, keep in sorted(kinds)
     )
@@ -217,6 +239,8 @@ def refuse_attention_block(
 
 
 def _refuse_mlp_block(x: mx.array, weights: MLPWeights) -> str | None:
+    if weights.activation not in ACTIVATIONS:
+        return f"the activation {weights.activation}; served are {' and '.join(ACTIVATIONS)}"
     refusal = refuse(_rows(x), [weights.gate, weights.up])
     return refusal or refuse_residual(weights.down)
 
@@ -235,6 +259,8 @@ def leave(op: str, args: tuple[Any, ...]) -> str | None:
     rows = x.size // x.shape[-1]
     if rows > MAX_ROWS:
         return f"{rows} rows; more than {MAX_ROWS} are left to MLX's own kernels"
+    if op == "attention_block" and args[4].axes is not None:
+        return "tokens of images, which turn on three axes, are left to MLX's own kernels"
     if op == "attention_block" and _has_open_prefix(args[2], args[4]):
         return "the positions that are always kept are not all stored yet"
     return None
@@ -255,13 +281,23 @@ def _describe_attention_block(
     each = " for each sequence" if meta.is_ragged else ""
     attention = f"attn_decode_q{each}" if is_packed else f"attn_decode{each}"
     names.append(f"{attention}, then attn_combine beyond {PART} positions")
-    return ", ".join([*names, describe(rows, [weights.o], "res", exact=exact)])
+    return ", ".join([*names, *_describe_end(rows, weights.o, weights, exact)])
+
+
+def _describe_end(
+    rows: mx.array, last: Linear, weights: AttentionWeights | MLPWeights, exact: bool
+) -> list[str]:
+    norm = ["rms_norm"] * (weights.post_norm is not None)
+    scale = ["multiply"] * (weights.residual_scale != 1.0)
+    if norm or scale:
+        return [describe(rows, [last], exact=exact), *norm, *scale, "add"]
+    return [describe(rows, [last], "res", exact=exact)]
 
 
 def _describe_mlp_block(x: mx.array, weights: MLPWeights) -> str:
     rows, exact = _rows(x), _is_exact(x)
     glu = describe(rows, [weights.gate, weights.up], "glu", exact=exact)
-    return f"{glu}, {describe(rows, [weights.down], 'res', exact=exact)}"
+    return ", ".join([glu, *_describe_end(rows, weights.down, weights, exact)])
 
 
 def _projection(weights: Linear | HeadWeights) -> Linear:

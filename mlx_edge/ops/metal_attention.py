@@ -46,22 +46,23 @@ def place(
     window: int = 0,
     keep: int = 0,
     keep_window: int = 0,
+    shifts: Sequence[int] = (),
 ) -> Positions:
     """Positions of a step of `width` rows a sequence, from those of its new rows and of its tail; 0 is no limit.
 
     Columns of the meta are those of metal_kernels/README.md. Parts are counted from the first that a query sees or
     that the tail begins in; with `keep` part 0 comes before them.
     """
-    rows = list(zip(starts, lengths, tail_starts, strict=True))
-    assert all(tail % CHUNK == 0 and 0 <= tail <= start for start, _, tail in rows)
-    assert all(start + length - tail <= TAIL_SLOTS for start, length, tail in rows)
+    rows = list(zip(starts, lengths, tail_starts, shifts or (0,) * len(starts), strict=True))
+    assert all(tail % CHUNK == 0 and 0 <= tail <= start for start, _, tail, _ in rows)
+    assert all(start + length - tail <= TAIL_SLOTS for start, length, tail, _ in rows)
     assert ring % CHUNK == 0 and all(0 <= length <= width for length in lengths)
-    meta = [[s, n, tail, ring, window, keep, keep_window, 0] for s, n, tail in rows]
+    meta = [[s, n, tail, ring, window, keep, keep_window, shift] for s, n, tail, shift in rows]
     oldest = min(max(0, start - window + 1) if window else 0 for start in starts)
     first = min(oldest, *tail_starts) // PART
     if keep:
         first = max(first, 1)
-    last = max(start + length - 1 for start, length, _ in rows) // PART
+    last = max(start + length - 1 for start, length, _, _ in rows) // PART
     num_parts = max(0, last - first + 1) + bool(keep)
     return Positions(mx.array(meta, dtype=mx.int32), first, max(1, num_parts), width)
 
@@ -77,6 +78,8 @@ def refuse(
     bits: int = 0,
     group_size: int = 0,
     keep: int = 0,
+    norms: Sequence[Norm | None] = (),
+    softcap: float | None = None,
 ) -> str | None:
     """Why no kernel serves this, with the nearest that is served; None when one does. `bits` 0: floats."""
     if dtype not in DTYPES:
@@ -89,6 +92,10 @@ def refuse(
         return f"{width} new rows; at most {MAX_WIDTH} are served"
     if rope is not None and (rope.dims % 2 or not 2 * SMALL <= rope.dims <= head_dim):
         return f"a rotation of {rope.dims} dims; an even number from {2 * SMALL} to {head_dim} is served"
+    if any(norm is not None and norm.weight.size != head_dim for norm in norms):
+        return f"a norm over all heads together; one over each, of {head_dim}, is served"
+    if softcap is not None:
+        return f"scores capped at {softcap:g}; scores as they are are served"
     if keep > PART:
         return f"{keep} first positions kept; at most {PART} are served"
     if bits == 0:

@@ -1,17 +1,18 @@
 """The definition of correct: every op in plain MLX, written once and for reading.
 
 A fast implementation has the same signature and is tested against float64 beside this one. These are also
-the only differentiable ops. Nothing here knows which device it runs on.
+the only differentiable ops. Nothing here knows which device it runs on. What attention is made of is in
+`reference_attention.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_edge.ops.reference_attention import attention, attention_within, cap, rotate
 from mlx_edge.ops.types import (
     Activation,
     AttentionWeights,
@@ -21,19 +22,14 @@ from mlx_edge.ops.types import (
     KVHandle,
     Linear,
     MLPWeights,
+    MoEWeights,
     Norm,
     Packed,
-    PackedRows,
     Quantized,
     RaggedKV,
     Rope,
-    Segment,
     StepMeta,
 )
-
-SCORE_ELEMENTS = (
-    1 << 24
-)  # scores held at once; longer prompts go through attention in blocks of queries
 
 Watcher = Callable[[Linear, mx.array], None]  # a weight's record, and the x (..., E) that meets it
 _watcher: ContextVar[Watcher | None] = ContextVar("mlx_edge_watcher", default=None)
@@ -94,129 +90,13 @@ def rms_norm(x: mx.array, norm: Norm) -> mx.array:
     return mx.fast.rms_norm(x, norm.weight, norm.eps)
 
 
-def rotate(x: mx.array, rope: Rope, meta: StepMeta) -> mx.array:
-    """Rotary position embedding of x (B, H, L, D) at the step's positions (Su et al. 2021)."""
-    y = mx.fast.rope(
-        x,
-        rope.dims,
-        traditional=rope.is_interleaved,
-        base=None,
-        scale=1.0,
-        offset=meta.starts_array,
-        freqs=rope.periods,
-    )
-    if rope.magnitude == 1.0:
-        return y
-    return mx.concatenate([y[..., : rope.dims] * rope.magnitude, y[..., rope.dims :]], axis=-1)
-
-
-def attention(
-    q: mx.array,
-    segments: Sequence[Segment],
-    meta: StepMeta,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> mx.array:
-    """Softmax attention of q (B, H, L, D) over all segments together: (B, H, L, D).
-
-    A query at position p sees the keys at positions p - window < position <= p. Padding rows give zeros.
-    """
-    num_stored = sum(segment.keys.shape[2] for segment in segments)
-    rows = max(1, SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * num_stored))
-    blocks = [
-        _attend(
-            q[:, :, i : i + rows], segments, meta.positions[:, i : i + rows], meta, scale, window
-        )
-        for i in range(0, meta.width, rows)
-    ]
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
-
-
-def _attend(
-    q: mx.array,
-    segments: Sequence[Segment],
-    positions: mx.array,  # (B, L)
-    meta: StepMeta,
-    scale: float,
-    window: int | None,
-) -> mx.array:
-    batch, heads, length, dim = q.shape
-    kv_heads = segments[0].keys.shape[1]
-    # The query heads of a group stand under their kv head, so that keys are read once: (B, K, H / K * L, D).
-    grouped = (q * scale).reshape(batch, kv_heads, -1, dim)
-    scores = []
-    is_masked = any(_needs_mask(segment, meta, window) for segment in segments)
-    for segment in segments:
-        score = _times_rows(grouped, segment.keys)
-        if is_masked:
-            score = score.reshape(batch, kv_heads, -1, length, score.shape[-1])
-            seen = visible(positions, segment.positions, _narrower(window, segment.window))
-            seen = seen[:, None, None]
-            score = mx.where(seen, score, mx.array(-mx.inf, score.dtype))
-            score = score.reshape(batch, kv_heads, -1, score.shape[-1])
-        scores.append(score)
-    weights = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1, precise=True)
-    if is_masked:  # a row that sees nothing is padding: zeros, not the nan of an empty softmax
-        weights = mx.where(mx.isnan(weights), mx.array(0, weights.dtype), weights)
-    ends = list(accumulate(score.shape[-1] for score in scores))
-    parts = mx.split(weights, ends[:-1], axis=-1)
-    y = sum(_mix_rows(part, segment.values) for part, segment in zip(parts, segments, strict=True))
-    assert isinstance(y, mx.array)
-    return y.reshape(batch, heads, length, dim)
-
-
-def _times_rows(x: mx.array, rows: mx.array | PackedRows) -> mx.array:
-    """x (B, K, N, D) times each stored row: (B, K, N, S)."""
-    if isinstance(rows, mx.array):
-        return x @ rows.swapaxes(-1, -2)
-    return _packed_product(x, rows, transpose=True)
-
-
-def _mix_rows(weights: mx.array, rows: mx.array | PackedRows) -> mx.array:
-    """The stored rows weighted by (B, K, N, S) and summed: (B, K, N, D)."""
-    if isinstance(rows, mx.array):
-        return weights @ rows
-    return _packed_product(weights, rows, transpose=False)
-
-
-def _packed_product(x: mx.array, rows: PackedRows, *, transpose: bool) -> mx.array:
-    return mx.quantized_matmul(
-        x,
-        rows.packs,
-        rows.scales,
-        rows.offsets,
-        transpose=transpose,
-        group_size=rows.group_size,
-        bits=rows.bits,
-    )
-
-
-def _narrower(first: int | None, second: int | None) -> int | None:
-    """The smaller of two windows; None sees everything."""
-    return min((w for w in (first, second) if w is not None), default=None)
-
-
-def _needs_mask(segment: Segment, meta: StepMeta, window: int | None) -> bool:
-    """Whether some query does not see some slot; decided on the host, so that decoding builds no mask."""
-    first_query, last_query = min(meta.starts), max(meta.starts) + meta.width - 1
-    window = _narrower(window, segment.window)
-    outside = window is not None and segment.first <= last_query - window
-    is_padded = min(meta.lengths) < meta.width
-    return segment.has_gaps or is_padded or outside or segment.last > first_query
-
-
-def visible(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:
-    """Which key positions (B, S) each query position (B, L) may attend to: (B, L, S) bool."""
-    q, k = queries[:, :, None], keys[:, None, :]
-    seen = (k >= 0) & (k <= q)
-    return seen if window is None else seen & (k > q - window)
-
-
 def glu(gate: mx.array, up: mx.array, activation: Activation) -> mx.array:
     """activation(gate) * up, elementwise (Shazeer 2020)."""
     if activation == "silu":
         return gate * mx.sigmoid(gate) * up
+    if activation == "swiglu_oai":  # gpt-oss: clamped, a steeper sigmoid, and one more than up
+        gate, up = mx.minimum(gate, 7.0), mx.clip(up, -7.0, 7.0)
+        return gate * mx.sigmoid(1.702 * gate) * (up + 1)
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     return 0.5 * gate * (1 + mx.tanh(inner)) * up
 
@@ -241,14 +121,10 @@ def attention_block(
     meta: StepMeta,
 ) -> mx.array:
     """x (B, L, E) + attention over what kv holds and the new positions, which are stored in kv on the way."""
-    h = rms_norm(x, weights.norm)
-    q, k, v = (
-        split_heads(linear(h, w), weights.head_dim) for w in (weights.q, weights.k, weights.v)
-    )
-    if weights.q_norm is not None:
-        q = rms_norm(q, weights.q_norm)
-    if weights.k_norm is not None:
-        k = rms_norm(k, weights.k_norm)
+    h = x if weights.norm is None else rms_norm(x, weights.norm)
+    q = _project_heads(h, weights.q, weights.q_norm, weights.head_dim)
+    k = _project_heads(h, weights.k, weights.k_norm, weights.head_dim)
+    v = _project_heads(h, weights.v, None, weights.head_dim)
     if isinstance(kv, RaggedKV):
         parts = zip(kv.handles, meta.alone, meta.rows, strict=True)
         heads = [
@@ -258,7 +134,26 @@ def attention_block(
         y = mx.concatenate(heads, axis=2)
     else:
         y = _attend_alone((q, k, v), weights, kv, rope, meta)
-    return x + linear(merge_heads(y), weights.o)
+    return add_residual(x, linear(merge_heads(y), weights.o), weights)
+
+
+def _project_heads(h: mx.array, weights: Linear, norm: Norm | None, head_dim: int) -> mx.array:
+    """Heads (B, H, L, D) of h (B, L, E), each normed by itself, or all together where the norm is as wide."""
+    y = linear(h, weights)
+    is_wide = norm is not None and norm.weight.size > head_dim
+    if norm is not None and is_wide:
+        y = rms_norm(y, norm)
+    heads = split_heads(y, head_dim)
+    return heads if norm is None or is_wide else rms_norm(heads, norm)
+
+
+def add_residual(
+    x: mx.array, y: mx.array, weights: AttentionWeights | MLPWeights | MoEWeights
+) -> mx.array:
+    """The residual x and a layer's output y, normed and scaled as the layer wants it."""
+    if weights.post_norm is not None:
+        y = rms_norm(y, weights.post_norm)
+    return x + (y if weights.residual_scale == 1.0 else y * weights.residual_scale)
 
 
 def _attend_alone(
@@ -273,19 +168,82 @@ def _attend_alone(
     if rope is not None:
         q, k = rotate(q, rope, meta), rotate(k, rope, meta)
     segments = kv.extend(k, v, meta)
-    return attention(q, segments, meta, scale=weights.scale, window=weights.window)
+    return attention(
+        q,
+        segments,
+        meta,
+        scale=weights.scale,
+        window=weights.window,
+        softcap=weights.softcap,
+        sinks=weights.sinks,
+    )
 
 
 def mlp_block(x: mx.array, weights: MLPWeights) -> mx.array:
     """x (B, L, E) + down(activation(gate(norm(x))) * up(norm(x)))."""
-    h = rms_norm(x, weights.norm)
+    h = x if weights.norm is None else rms_norm(x, weights.norm)
     h = glu(linear(h, weights.gate), linear(h, weights.up), weights.activation)
-    return x + linear(h, weights.down)
+    return add_residual(x, linear(h, weights.down), weights)
+
+
+def moe_block(x: mx.array, weights: MoEWeights) -> mx.array:
+    """x (B, L, E) + the outputs of each row's `top_k` likeliest experts, weighted (Shazeer et al. 2017).
+
+    The weights are the router's softmax over all experts; over the chosen ones where they are normalized.
+    """
+    h = x if weights.norm is None else rms_norm(x, weights.norm)
+    scores = linear(h, weights.router)
+    chosen = mx.argpartition(-scores, weights.top_k - 1, axis=-1)[..., : weights.top_k]
+    shares = mx.take_along_axis(scores, chosen, axis=-1).astype(mx.float32)
+    if weights.is_normalized:
+        shares = mx.softmax(shares, axis=-1)
+    else:
+        shares = mx.exp(shares - mx.logsumexp(scores.astype(mx.float32), axis=-1, keepdims=True))
+    rows = h[..., None, None, :]  # (B, L, 1, 1, E), times the experts of (B, L, top_k)
+    gate, up = (_expert_products(rows, w, chosen, weights) for w in (weights.gate, weights.up))
+    inner = glu(gate, up, weights.activation)
+    y = _expert_products(inner, weights.down, chosen, weights)[..., 0, :]  # (B, L, top_k, E)
+    return add_residual(x, (y * shares[..., None].astype(y.dtype)).sum(axis=-2), weights)
+
+
+def _expert_products(
+    x: mx.array, stacked: Linear, chosen: mx.array, weights: MoEWeights
+) -> mx.array:
+    """x (B, L, 1 or top_k, 1, columns) times the rows of each chosen expert (B, L, top_k)."""
+    stacked = _restore(stacked)
+
+    def apart(array: mx.array) -> mx.array:
+        return array.reshape(weights.num_experts, -1, *array.shape[1:])
+
+    if isinstance(stacked, Dense):
+        by_expert = apart(stacked.weight).astype(x.dtype).swapaxes(-1, -2)
+        y = mx.gather_mm(x, by_expert, rhs_indices=chosen)
+    else:
+        scales, offsets = _affine_in(x.dtype, stacked)
+        y = mx.gather_qmm(
+            x,
+            apart(stacked.weight),
+            apart(scales),
+            None if offsets is None else apart(offsets),
+            rhs_indices=chosen,
+            transpose=True,
+            group_size=stacked.group_size,
+            bits=stacked.bits,
+            mode=stacked.mode,
+        )
+    if stacked.bias is None:
+        return y
+    return y + apart(stacked.bias).astype(y.dtype)[chosen][..., None, :]
 
 
 def embed(tokens: mx.array, weights: Embedding) -> mx.array:
-    """The table's rows (B, L, E) for int32 tokens (B, L)."""
-    table = _restore(weights.table)
+    """The table's rows (B, L, E) for int32 tokens (B, L), scaled."""
+    rows = _look_up(tokens, _restore(weights.table))
+    # The factor is rounded to the rows' own dtype, as it was in training.
+    return rows if weights.scale == 1.0 else rows * mx.array(weights.scale, rows.dtype)
+
+
+def _look_up(tokens: mx.array, table: Dense | Quantized) -> mx.array:
     if isinstance(table, Dense):
         return table.weight[tokens]
     return mx.dequantize(
@@ -300,7 +258,10 @@ def embed(tokens: mx.array, weights: Embedding) -> mx.array:
 
 def head(x: mx.array, weights: HeadWeights) -> mx.array:
     """Logits (B, L, V) of the hidden states x (B, L, E)."""
-    return linear(rms_norm(x, weights.norm), weights.projection)
+    logits = linear(rms_norm(x, weights.norm), weights.projection)
+    if weights.scale != 1.0:
+        logits = logits * weights.scale
+    return cap(logits, weights.softcap)
 
 
 def log_softmax(x: mx.array) -> mx.array:
@@ -320,11 +281,13 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
         rms_norm,
         rotate,
         attention,
+        attention_within,
         glu,
         embed,
         head,
         attention_block,
         mlp_block,
+        moe_block,
         log_softmax,
         argmax,
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
 Precision = Literal["int8", "float"]  # of the activations that meet a quantized weight on a CPU
 
 
@@ -92,13 +92,15 @@ class Rope:
         False  # pairs (0, 1), (2, 3), ...; else (0, dims / 2), (1, dims / 2 + 1), ...
     )
     magnitude: float = 1.0  # both rotated queries and keys are scaled by it (yarn)
+    # Pairs that turn by time, by height and by width, one run after another, where a step has such positions.
+    sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
     """All that one attention layer owns, and its geometry."""
 
-    norm: Norm
+    norm: Norm | None  # of what goes into the projections; None: they take it as it is
     q: Linear  # (H * D, E)
     k: Linear  # (K * D, E)
     v: Linear  # (K * D, E)
@@ -107,20 +109,44 @@ class AttentionWeights:
     num_kv_heads: int
     head_dim: int
     scale: float  # of the scores, before the softmax
-    q_norm: Norm | None = None  # over each head, before RoPE
+    # Before RoPE, over each head (D,), or over all heads together (H * D,) and (K * D,).
+    q_norm: Norm | None = None
     k_norm: Norm | None = None
     window: int | None = None  # a query sees itself and the window - 1 positions before it
+    post_norm: Norm | None = None  # of the layer's output, before the residual is added
+    residual_scale: float = 1.0  # of the layer's output, when the residual is added
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: mx.array | None = None  # (H,): a score that every query sees, of a value of zeros
 
 
 @dataclass(frozen=True)
 class MLPWeights:
     """All that one gated feed-forward layer owns."""
 
-    norm: Norm
+    norm: Norm | None
     gate: Linear  # (F, E)
     up: Linear  # (F, E)
     down: Linear  # (E, F)
     activation: Activation = "silu"
+    post_norm: Norm | None = None  # of the layer's output, before the residual is added
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """All that one mixture-of-experts layer owns: each row goes through `top_k` of X experts."""
+
+    norm: Norm | None
+    router: Linear  # (X, E)
+    gate: Linear  # (X * F, E): expert after expert, as are the others
+    up: Linear  # (X * F, E)
+    down: Linear  # (X * E, F)
+    num_experts: int
+    top_k: int
+    is_normalized: bool = True  # the weights of the chosen experts add up to 1
+    activation: Activation = "silu"
+    post_norm: Norm | None = None
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +154,7 @@ class Embedding:
     """The token table."""
 
     table: Linear  # (V, E), without bias
+    scale: float = 1.0  # of the rows that are looked up
 
 
 @dataclass(frozen=True)
@@ -136,6 +163,8 @@ class HeadWeights:
 
     norm: Norm
     projection: Linear  # (V, E)
+    scale: float = 1.0  # of the logits
+    softcap: float | None = None  # logits become softcap * tanh(logit / softcap), after the scale
 
 
 @dataclass(frozen=True)
@@ -150,6 +179,11 @@ class StepMeta:
     lengths: tuple[int, ...]
     width: int  # L; of a ragged step the sum of its lengths
     is_ragged: bool = False
+    # RoPE turns sequence b to its positions + shifts[b]: behind images, which take up fewer turns than positions.
+    shifts: tuple[int, ...] = ()
+    # (3, B, L) int32: where RoPE turns each token in time, height and width, in a step with tokens of images; the
+    # shifts are then without meaning. A Rope without sections turns to the first.
+    axes: mx.array | None = None
 
     @staticmethod
     def uniform(start: int, *, batch_size: int, width: int) -> "StepMeta":
@@ -169,8 +203,18 @@ class StepMeta:
     @cached_property
     def alone(self) -> tuple["StepMeta", ...]:
         """The steps that the sequences of a ragged step would make by themselves."""
-        pairs = zip(self.starts, self.lengths, strict=True)
-        return tuple(StepMeta((start,), (length,), length) for start, length in pairs)
+        shifts = self.shifts or (None,) * len(self.starts)
+        parts = zip(self.starts, self.lengths, shifts, self.rows, strict=True)
+        return tuple(
+            StepMeta(
+                (start,),
+                (length,),
+                length,
+                shifts=() if shift is None else (shift,),
+                axes=None if self.axes is None else self.axes[:, :, own],
+            )
+            for start, length, shift, own in parts
+        )
 
     @cached_property
     def rows(self) -> tuple[slice, ...]:
@@ -182,6 +226,13 @@ class StepMeta:
     def starts_array(self) -> mx.array:
         """(B,) int32."""
         return mx.array(self.starts, dtype=mx.int32)
+
+    @cached_property
+    def turns_array(self) -> mx.array:
+        """(B,) int32: where RoPE turns the first token of each sequence; without meaning beside `axes`."""
+        if not any(self.shifts):
+            return self.starts_array
+        return self.starts_array + mx.array(self.shifts, dtype=mx.int32)
 
     @cached_property
     def lengths_array(self) -> mx.array:

@@ -8,6 +8,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ from mlx_edge.serving.sse import (
 )
 from mlx_edge.serving.wire import GenerationFields
 
+# A decoded image can be 200 MB and take a second; other requests do not wait for it.
+_DECODING = ThreadPoolExecutor(2, "images")
 EARLY_S = 0.5  # an error within this time is a status code; a later one is an event
 
 
@@ -91,7 +94,8 @@ async def _respond(
     models: Models, body: GenerationFields, make: MakeAnswer, held: AsyncExitStack
 ) -> Response:
     served = await held.enter_async_context(models.use(body.model))
-    answer = await asyncio.to_thread(make, served)
+    loop = asyncio.get_running_loop()
+    answer = await loop.run_in_executor(_DECODING if body.has_images else None, make, served)
     submission = Submission(served.engine, answer.requests, whole=not body.stream)
     held.callback(submission.close)
     headers = {IGNORED_HEADER: ", ".join(sorted(answer.ignored))} if answer.ignored else {}
@@ -118,12 +122,11 @@ async def _collect(submission: Submission) -> dict[int, Piece]:
 async def _events(answer: Answer, submission: Submission) -> AsyncIterator[bytes]:
     """All events; those of pieces that came together leave together."""
     usages: dict[int, Usage] = {}
-    for choice in answer.open():
-        yield event(answer.wrap([choice], is_event=True))
+    # Not before something is there: clients time the first token by the first event.
+    events = [event(answer.wrap([choice], is_event=True)) for choice in answer.open()]
     while not submission.is_over:
         while not await submission.wait(HEARTBEAT_S):
             yield HEARTBEAT
-        events = []
         for index, piece in await submission.take():
             for choice in answer.advance(index, piece):
                 events.append(event(answer.wrap([choice], is_event=True)))
@@ -131,6 +134,7 @@ async def _events(answer: Answer, submission: Submission) -> AsyncIterator[bytes
                 usages[index] = piece.usage
         if events:
             yield b"".join(events)
+            events = []
     options = answer.body.stream_options
     if options is not None and options.include_usage:
         usage = answer.usage([usages[index] for index in sorted(usages)])

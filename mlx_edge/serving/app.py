@@ -181,6 +181,7 @@ def _describe(models: Models, name: str) -> dict[str, Any]:
         **found,
         "x_loaded": True,
         "x_context_size": served.engine.context_size,
+        "x_takes_images": served.engine.image_token_id is not None,
         "x_requests": {"running": stats.running, "waiting": stats.waiting},
         "x_memory": {
             "process_bytes": resident_bytes(),

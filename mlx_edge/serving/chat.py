@@ -3,8 +3,6 @@
 import logging
 from typing import Any
 
-from pydantic import BaseModel
-
 from mlx_edge.engine.request import Piece
 from mlx_edge.options import OWN_VARIABLES
 from mlx_edge.serving.answer import Answer
@@ -15,6 +13,8 @@ from mlx_edge.serving.generation import (
     make_choices,
     make_request,
 )
+from mlx_edge.serving.images import check_places, choose_max_pixels, read_images
+from mlx_edge.serving.messages import ImagePart, Message
 from mlx_edge.serving.models import Served
 from mlx_edge.serving.settings import Settings
 from mlx_edge.serving.structured import make_grammar
@@ -43,6 +43,7 @@ class ChatAnswer(Answer):
     def __init__(self, body: ChatRequest, served: Served, settings: Settings, client: str) -> None:
         super().__init__(body, served)
         check_combination(body)
+        images = read_images(body.messages, served, settings.server.max_images)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         choice = dump(body.tool_choice)
         prompt = self._write_prompt(body, served, settings, [] if choice == "none" else tools)
@@ -50,17 +51,20 @@ class ChatAnswer(Answer):
             logger.info("%s asks: %s", self.id, prompt)
         check_length(served, prompt)
         tokenizer = served.engine.tokenizer
+        tokens = tokenizer.encode(prompt, add_special_tokens=False)
+        check_places(tokens, body.messages, served)
+        form = dump(body.response_format)
         plan = make_grammar(
             tokenizer,
             prompt=prompt,
-            response_format=dump(body.response_format),
+            response_format=served.default_format if form is None and not tools else form,
             tools=tools,
             tool_choice=choice,
             parallel_tool_calls=body.parallel_tool_calls is not False,
         )
         request = make_request(
             body,
-            tokenizer.encode(prompt, add_special_tokens=False),
+            tokens,
             served,
             settings.defaults,
             max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -68,7 +72,12 @@ class ChatAnswer(Answer):
             client=client,
             grammar=plan.grammar,
             grammar_after=plan.grammar_after,
+            images=images,
+            max_pixels=choose_max_pixels(body),
         )
+        choices = (body.separate_reasoning, settings.defaults.separate_reasoning)
+        self._is_apart = next((c for c in choices if c is not None), plan.marks is None)
+        self._has_thought: set[int] = set()  # choices whose thoughts came last, as content
         self.requests = make_choices(request, self.num_choices)
         self._parsers = [
             ReplyParser(
@@ -76,6 +85,7 @@ class ChatAnswer(Answer):
                 prompt=prompt,
                 tools=[] if choice == "none" else tools,
                 is_bound=plan.is_bound,
+                reasoning=plan.marks,
             )
             for _ in self.requests
         ]
@@ -86,10 +96,12 @@ class ChatAnswer(Answer):
         reply = collect([*parser.feed(piece.text), *parser.finish()])
         self._log_notes(reply.notes)
         message: dict[str, Any] = {"role": "assistant", "content": reply.content}
-        if reply.reasoning:
+        if reply.reasoning and not self._is_apart:
+            message["content"] = "\n".join(filter(None, (reply.reasoning, reply.content)))
+        elif reply.reasoning:
             message |= _write_reasoning(reply.reasoning)
         if reply.calls:
-            message["content"] = reply.content or None
+            message["content"] = message["content"] or None
             message["tool_calls"] = [
                 {
                     "id": call.id,
@@ -113,7 +125,7 @@ class ChatAnswer(Answer):
         events = parser.feed(piece.text) if piece.text else []
         if piece.finish_reason is not None:
             events = [*events, *parser.finish()]
-        deltas = [delta for item in events if (delta := self._delta(item)) is not None]
+        deltas = [delta for item in events if (delta := self._delta(index, item)) is not None]
         if piece.finish_reason is not None or (piece.logprobs and not deltas):
             deltas.append({})
         last = len(deltas) - 1
@@ -128,9 +140,14 @@ class ChatAnswer(Answer):
             for number, delta in enumerate(deltas)
         ]
 
-    def _delta(self, item: Event) -> dict[str, Any] | None:
+    def _delta(self, choice: int, item: Event) -> dict[str, Any] | None:
         match item:
             case ContentText(text):
+                line = "\n" if choice in self._has_thought else ""
+                self._has_thought.discard(choice)
+                return {"content": line + text}
+            case ReasoningText(text) if not self._is_apart:
+                self._has_thought.add(choice)
                 return {"content": text}
             case ReasoningText(text):
                 return _write_reasoning(text)
@@ -208,9 +225,14 @@ def check_combination(body: ChatRequest) -> None:
         )
 
 
-def _plain(message: BaseModel) -> dict[str, Any]:
-    """A message as templates know it: `developer` is the older `system`, thoughts have one name."""
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as templates know it: `developer` is the older `system`, thoughts have one name, images no content."""
     plain: dict[str, Any] = dump(message)
+    if isinstance(message.content, list):
+        parts = zip(message.content, plain["content"], strict=True)
+        plain["content"] = [
+            {"type": "image"} if isinstance(part, ImagePart) else each for part, each in parts
+        ]
     if plain["role"] == "developer":
         plain["role"] = "system"
     for name in ("annotations", "refusal"):  # parts of OpenAI's answers that no template reads

@@ -27,7 +27,7 @@ class CompletionAnswer(Answer):
         if len(prompts) * self.num_choices > MAX_CHOICES:
             count = len(prompts) * self.num_choices
             raise invalid(f"{count} choices were asked for, at most {MAX_CHOICES} are given", "n")
-        form = dump(body.response_format)
+        form = dump(body.response_format) or served.default_format
         plan = make_grammar(served.engine.tokenizer, response_format=form)
         self._offsets = [0] * (len(prompts) * self.num_choices)
         requests = []

@@ -75,6 +75,7 @@ def _add_server(parser: Parser) -> None:
     add("--api-key", help="a key that requests must bring; others can see it in ps, a file not")
     add("--api-key-file", help="a file of keys, one a line; MLX_EDGE_API_KEY counts too")
     add("--max-body-bytes", type=integer(1), help="the largest body that is read (32 MiB)")
+    add("--max-images", type=integer(1, 64), help="the most images of a request (16)")
     add("--drain-timeout", "drain_timeout_s", type=integer(1), help="seconds to end in (30)")
     levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     add("--log-level", choices=levels, help="the least that is logged (INFO)")
@@ -104,7 +105,17 @@ def _add_defaults(parser: Parser) -> None:
     add("--top-k", type=integer(0), help="keep this many of the likeliest (0, off)")
     add("--min-p", type=number(0, 1), help="keep those this likely beside the likeliest (0)")
     add("--max-tokens", type=integer(1), help="the most tokens of an answer (512)")
+    add(
+        "--reasoning-in-content",
+        "separate_reasoning",
+        action="store_false",
+        help="leave a model's thoughts in the content of its answers",
+    )
     add("--chat-template-args", type=_json_object, help="variables of the template, as JSON")
+    add(
+        "--grammar",
+        help="of replies to requests that bring no response_format and no tools: autoglm, or a file of Lark",
+    )
 
 
 def _add_engine(parser: Parser) -> None:
@@ -118,6 +129,7 @@ def _add_engine(parser: Parser) -> None:
     add("--prefix-disk-bytes", type=_num_bytes, help="the most bytes on that disk")
     add("--memory-budget", "memory_budget_bytes", type=_num_bytes, help="of a model: 8G, 500M")
     add("--max-context", type=integer(1), help="the most tokens of a request")
+    add("--max-pixels", type=integer(1), help="scale images down to this many; the model's own")
     add("--max-queue-size", type=integer(1), help="requests that may wait (256)")
     add("--batch-timeout-ms", type=number(0), help="what a first request waits for others (10)")
     add("--added-latency-ms", type=number(0), help="what prompts may add to a step (15)")

@@ -53,6 +53,8 @@ def make_request(
     client: str,
     grammar: Grammar | None = None,
     grammar_after: str | None = None,
+    images: tuple[bytes, ...] = (),
+    max_pixels: int | None = None,
 ) -> Request:
     """The engine's request. Raises: ApiError or InvalidRequestError for what cannot be served."""
     engine = served.engine
@@ -80,6 +82,8 @@ def make_request(
         client=body.user or client,
         ignore_eos=bool(body.ignore_eos),
         use_prefix_cache=body.use_prefix_cache is not False,
+        images=images,
+        max_pixels=max_pixels,
     )
 
 
@@ -119,7 +123,8 @@ def describe_usage(usages: Sequence[Usage], num_choices: int) -> dict[str, Any]:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {
-            "cached_tokens": sum(usage.cached_tokens for usage in usages[::num_choices])
+            "cached_tokens": sum(usage.cached_tokens for usage in usages[::num_choices]),
+            "image_tokens": sum(usage.image_tokens for usage in usages[::num_choices]),
         },
         "x_cache_miss": first.cache_miss,
         "x_timings": {

@@ -7,12 +7,14 @@ first served; a model in use is never unloaded.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_edge.decoding.constraints import make_constraint
+from mlx_edge.decoding.grammars import GRAMMARS, read_grammar
 from mlx_edge.engine.engine import Engine
 from mlx_edge.engine.stats import EngineStats
 from mlx_edge.errors import EngineClosedError, InvalidRequestError, MLXEdgeError, QueueFullError
@@ -37,6 +39,7 @@ class Served:
     engine: Engine
     chat_template: str | None
     longest_piece: int = 0  # the most characters that a token stands for
+    default_format: Mapping[str, str] | None = None  # of a request that brings none
     num_users: int = 0
     idle_since: float = field(default_factory=time.monotonic)
 
@@ -162,11 +165,12 @@ class Models:
         try:
             engine.wait_ready()
             template = _read_template(settings.chat_template, engine.tokenizer)
+            form = _read_default_format(self._settings.defaults.grammar, engine.tokenizer)
         except BaseException:
             engine.close()
             raise
         engine.watch(self.metrics.listener(settings.name))
-        served = Served(settings, engine, template, _longest_piece(engine.tokenizer))
+        served = Served(settings, engine, template, _longest_piece(engine.tokenizer), form)
         self._loaded[settings.name] = served
         logger.info("loaded %s in %.1f s", settings.name, time.monotonic() - begun)
         return served
@@ -195,6 +199,15 @@ class Models:
 
 def _longest_piece(tokenizer: Tokenizer) -> int:
     return max(len(tokenizer.id_to_token(index) or "") for index in range(tokenizer.vocab_size))
+
+
+def _read_default_format(value: str | None, tokenizer: Tokenizer) -> Mapping[str, str] | None:
+    """`response_format` of the grammar of --grammar, tried on this vocabulary. Raises: InvalidRequestError."""
+    if value is None:
+        return None
+    source = read_grammar(value, tokenizer)
+    make_constraint(tokenizer, lark=source)
+    return {"type": "grammar", "grammar": value if value in GRAMMARS else source}
 
 
 def _read_template(value: str | None, tokenizer: Tokenizer) -> str | None:

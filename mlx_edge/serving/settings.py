@@ -43,6 +43,7 @@ class ServerSettings:
     keep_alive: str = "30m"
     max_loaded_models: int = 1
     max_body_bytes: int = 32 << 20
+    max_images: int = 16
     body_timeout_s: float = 60.0
     head_timeout_s: float = 15.0
     write_timeout_s: float = 30.0
@@ -63,6 +64,8 @@ class Defaults:
     top_k: int = 0
     min_p: float = 0.0
     chat_template_args: dict[str, Any] = field(default_factory=dict)
+    grammar: str | None = None
+    separate_reasoning: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ What is promised: an answer matches its JSON schema, regex or grammar; the argum
 their function where the call was required or the function is `strict`. `decoding/json_schema.py` lists the keywords
 of JSON Schema that can be promised; others are refused by name. Not held to anything: calls by a model's own choice
 of functions that are not strict (they come as content unless their arguments are a JSON object).
+
+The ready grammars of `decoding/grammars.py` go by their names; each is a whole reply, its thoughts included.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlx_edge.decoding.grammars import GRAMMARS, read_grammar
 from mlx_edge.decoding.json_schema import read_schema, schema_rule
 from mlx_edge.engine.request import Grammar
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.text import Tokenizer
-from mlx_edge.text.reasoning import find_reasoning
+from mlx_edge.text.reasoning import Reasoning, find_reasoning
 from mlx_edge.text.tool_calls import find_tool_format, read_functions
 from mlx_edge.text.tools.formats import Function
 from mlx_edge.text.tools.grammar import ReplyGrammar, rename_start
 from mlx_edge.text.tools.lark import LarkWriter
 
 _ANY_OBJECT = {"type": "object"}
+_ANSWER_MARKS = Reasoning("<think>", "</think>", dropped=("<answer>", "</answer>"))
 _SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # The fields of each kind of `response_format` besides its type, and the one that holds its source.
 _FIELDS = {
@@ -49,6 +53,9 @@ class Plan:
         None  # thoughts are part of the grammar, so that the model may leave them out
     )
     is_bound: bool = False  # what begins like a call is one, so it can be handed out as it comes
+    marks: Reasoning | None = (
+        None  # of a ready grammar, whose reader wants thoughts and answer as one text
+    )
 
 
 def make_grammar(
@@ -69,9 +76,15 @@ def make_grammar(
     Raises: InvalidRequestError that names the field, for what is unknown, broken, or cannot be promised;
     UnsupportedModelError for a vocabulary whose marks a grammar cannot find.
     """
-    answer = _read_format(response_format)
     functions = read_functions(tools or ())
     chosen, must_call = _choose(tool_choice, functions)
+    if (name := _ready_name(response_format)) is not None:
+        if chosen:
+            raise InvalidRequestError(
+                f"response_format is the grammar {name!r}, which has no calls; leave out tools, or it"
+            )
+        return Plan(Grammar("lark", read_grammar(name, tokenizer)), marks=_ANSWER_MARKS)
+    answer = _read_format(response_format)
     if not (
         must_call or answer or not parallel_tool_calls or any(f.strict for f in chosen.values())
     ):
@@ -93,6 +106,14 @@ def make_grammar(
     source = reply.write(LarkWriter(tokenizer, schema_rule), is_open=is_open)
     # An answer may begin as calls without marks do: with a brace.
     return Plan(Grammar("lark", source + rules), is_bound=answer_rule is None)
+
+
+def _ready_name(given: Mapping[str, Any] | None) -> str | None:
+    """The name of a ready grammar that was asked for."""
+    if not isinstance(given, Mapping) or given.get("type") != "grammar":
+        return None
+    name = given.get("grammar")
+    return name if isinstance(name, str) and name in GRAMMARS and len(given) == 2 else None
 
 
 def _read_format(given: Mapping[str, Any] | None) -> Grammar | None:

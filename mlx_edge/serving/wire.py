@@ -1,13 +1,15 @@
 """What clients send, as strict types: OpenAI's fields, mlx-lm's sampling fields and a few of our own.
 
 Every unknown field is refused. `IGNORED` are fields that known clients send and that change nothing here; they are
-accepted and listed in the response header `x-mlx-edge-ignored-fields`. Knows no engine.
+accepted and listed in the response header `x-mlx-edge-ignored-fields`. Messages are in `messages.py`. Knows no engine.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+from mlx_edge.serving.messages import ImagePart, ImageUrl, Message, Name, Text, Wire, read_field
 
 IGNORED = {
     *("metadata", "modalities", "prediction", "prompt_cache_key", "prompt_cache_options"),
@@ -30,132 +32,11 @@ MAX_MESSAGES = 4096
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 
-Text = Annotated[str, Field(max_length=1 << 26)]
-Name = Annotated[str, Field(max_length=256)]
 Ignored = Annotated[Any, Field(description="accepted, and changes nothing")]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Penalty = Annotated[float, Field(ge=-100, le=100)]
 ContextSize = Annotated[int, Field(ge=1, le=1 << 20)]
-
-
-class Wire(BaseModel):
-    """Strict: no coercion, no unknown fields, no infinities."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class TextPart(Wire):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class OtherPart(BaseModel):
-    """A piece of a message that no model here can read."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str
-
-    @model_validator(mode="after")
-    def _refuse(self) -> "OtherPart":
-        nouns = {"image_url": "images", "input_audio": "audio", "file": "files"}
-        if noun := nouns.get(self.type):
-            raise ValueError(f"this model takes no {noun}")
-        raise ValueError(f"the type of a content part is {self.type[:40]!r}, expected 'text'")
-
-
-def _read(value: Any, name: str) -> Any:
-    """A field of what was sent, or of what was made of it."""
-    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-
-
-def _of_part(value: Any) -> str:
-    kind = _read(value, "type")
-    return "<text>" if kind == "text" else "<other>"
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[OtherPart, Tag("<other>")],
-    Discriminator(_of_part),
-]
-Content = Text | Annotated[list[Part], Field(max_length=1024)]
-
-
-class FunctionCall(Wire):
-    """What the model called."""
-
-    name: Name
-    arguments: Text
-
-
-class ToolCall(Wire):
-    """A call in an earlier answer."""
-
-    id: Name
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: int | None = None
-
-
-class SystemMessage(Wire):
-    """What the model is told about its part; `developer` is OpenAI's newer word."""
-
-    role: Literal["system", "developer"]
-    content: Content
-    name: Name | None = None
-
-
-class UserMessage(Wire):
-    """What was asked."""
-
-    role: Literal["user"]
-    content: Content
-    name: Name | None = None
-
-
-class AssistantMessage(Wire):
-    """What was answered before."""
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: Name | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
-    reasoning: Text | None = None
-    reasoning_content: Text | None = None
-    refusal: Text | None = None
-    annotations: list[Any] | None = None  # clients send answers back as they got them
-    audio: None = None
-    function_call: None = None
-
-
-class ToolMessage(Wire):
-    """What a tool answered."""
-
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: Name
-    name: Name | None = None
-
-
-def _of_role(value: Any) -> str:
-    role = _read(value, "role")
-    return f"<{'system' if role == 'developer' else role}>"
-
-
-Message = Annotated[
-    Annotated[SystemMessage, Tag("<system>")]
-    | Annotated[UserMessage, Tag("<user>")]
-    | Annotated[AssistantMessage, Tag("<assistant>")]
-    | Annotated[ToolMessage, Tag("<tool>")],
-    Discriminator(
-        _of_role,
-        custom_error_type="unknown_role",
-        custom_error_message="Expected a message whose role is system, developer, user, assistant or tool",
-    ),
-]
+NumPixels = Annotated[int, Field(ge=1, le=1 << 40)]
 
 
 class Function(Wire):
@@ -223,14 +104,14 @@ class RegexFormat(Wire):
 
 
 class GrammarFormat(Wire):
-    """A text of a Lark grammar."""
+    """A text of a Lark grammar, or of a ready one by its name: autoglm."""
 
     type: Literal["grammar"]
     grammar: Annotated[str, Field(min_length=1, max_length=1 << 20)]
 
 
 def _of_format(value: Any) -> str:
-    return f"<{_read(value, 'type')}>"
+    return f"<{read_field(value, 'type')}>"
 
 
 ResponseFormat = Annotated[
@@ -245,6 +126,12 @@ ResponseFormat = Annotated[
         custom_error_message="Expected an object whose type is text, json_object, json_schema, regex or grammar",
     ),
 ]
+
+
+class ProcessorOptions(Wire):
+    """vLLM's place for the size of images."""
+
+    max_pixels: NumPixels | None = None
 
 
 class StreamOptions(Wire):
@@ -312,11 +199,15 @@ class GenerationFields(Wire):
 
     def ignored(self) -> set[str]:
         """The fields that were sent and change nothing."""
-        sent = {name for name in self.model_fields_set if getattr(self, name) is not None}
-        found = sent & IGNORED
+        found = sent_fields(self) & IGNORED
         if self.stream_options and self.stream_options.include_obfuscation is not None:
             found.add("stream_options.include_obfuscation")
         return found
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is an image to be decoded."""
+        return False
 
 
 class ChatRequest(GenerationFields):
@@ -331,8 +222,30 @@ class ChatRequest(GenerationFields):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Name | None = None
+    separate_reasoning: bool | None = None
+    max_pixels: NumPixels | None = None
+    mm_processor_kwargs: ProcessorOptions | None = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Ignored = None
+
+    def ignored(self) -> set[str]:
+        """As of every request; how closely an image is looked at is `max_pixels` alone."""
+        found = super().ignored()
+        if not self.has_images:
+            found |= {"max_pixels", "mm_processor_kwargs"} & sent_fields(self)
+        urls = [image.image_url for image in self._images()]
+        if any(isinstance(url, ImageUrl) and url.detail is not None for url in urls):
+            found.add("image_url.detail")
+        return found
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a message shows an image."""
+        return bool(self._images())
+
+    def _images(self) -> list[ImagePart]:
+        parts = [p for m in self.messages if isinstance(m.content, list) for p in m.content]
+        return [part for part in parts if isinstance(part, ImagePart)]
 
 
 class CompletionRequest(GenerationFields):
@@ -351,6 +264,11 @@ class CompletionRequest(GenerationFields):
 
 
 FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})  # for "did you mean"
+
+
+def sent_fields(body: BaseModel) -> set[str]:
+    """The names of fields that a client has set."""
+    return {name for name in body.model_fields_set if getattr(body, name) is not None}
 
 
 def dump(value: BaseModel | str | None) -> Any:

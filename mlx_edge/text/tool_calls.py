@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.text.reasoning import find_reasoning, read_template
+from mlx_edge.text.reasoning import Reasoning, find_reasoning, read_template
 from mlx_edge.text.tokenizer import Tokenizer
 from mlx_edge.text.tools.events import (
     ArgumentText,
@@ -128,13 +128,15 @@ class ReplyParser:
         prompt: str = "",
         tools: Sequence[Mapping[str, Any]] = (),
         is_bound: bool = False,
+        reasoning: Reasoning | None = None,
     ):
         """Begin a reply that follows `prompt` (text, as rendered).
 
         Calls are looked for where there are `tools` (OpenAI's; none for tool_choice "none"). `is_bound`: the reply
-        is held to a grammar of `serving.structured.make_grammar`.
+        is held to a grammar of `serving.structured.make_grammar`. `reasoning`: the marks of its thoughts, None: the
+        model's own.
         """
-        reasoning = find_reasoning(tokenizer)
+        reasoning = reasoning or find_reasoning(tokenizer)
         self._reader = ReplyReader(
             find_tool_format(tokenizer) if tools else None,
             reasoning,

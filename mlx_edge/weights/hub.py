@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = ("pocket", "pocket-draft")  # folders in it
+BUNDLED = ("pocket", "pocket-draft", "pocket-vision")  # folders in it
 DEFAULT_MODEL = BUNDLED[0]
 
 # What is fetched, in the patterns of fnmatch, where * also matches a slash. No code, no pickles.

@@ -102,7 +102,13 @@ class SafetensorsFile:
         """Returns 16 bytes that tell this file from others, see `fingerprint_file`; the file must be open."""
         mapping = self._open_mapping()
         header_bytes = 8 + int.from_bytes(mapping[:8], "little")
-        return fingerprint_file(self._identity, mapping, header_bytes=header_bytes)
+        self._identity.check_unchanged(self.path)
+        # Through a mapping that is gone afterwards: each page that is touched may bring megabytes around it along.
+        with (
+            self.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as samples,
+        ):
+            return fingerprint_file(self._identity, samples, header_bytes=header_bytes)
 
     def read(self, name: str) -> mx.array:
         """Returns one tensor in the shape and type of the file.

@@ -67,12 +67,15 @@ struct Bench {
   Form form;
   int window, keep;  // of the store
   int layer;         // the layer's own window
+  float softcap = 0;
+  bool has_sinks = false;  // of all queries, below and above most scores in turn
   KVStore kv;
   std::map<std::pair<int, int>, Lane> lanes;  // by (row, head)
 
   static constexpr int BATCH = 2, HEADS = 2;
 
-  Bench(Form f, int w, int k, int l = 0) : form(f), window(w), keep(k), layer(l), kv(BATCH, HEADS, f.dims, f.format, f.group, w, k) {}
+  Bench(Form f, int w, int k, int l = 0)
+      : form(f), window(w), keep(k), layer(l), kv(BATCH, HEADS, f.dims, f.format, f.group, w, k) {}
 
   void append(int row, int start, int count, float size = 1.0f) {
     kv.prepare(row, start, count);
@@ -90,6 +93,8 @@ struct Bench {
     }
   }
 
+  static float sink_at(int position) { return position % 2 ? 3.0f : -1.0f; }
+
   std::vector<double> oracle(int row, int head, const Floats32& q, int position, float scale) {
     const Lane& lane = lanes[{row, head}];
     std::vector<double> y(form.dims, 0.0), weights;
@@ -100,8 +105,14 @@ struct Bench {
       if (layer > 0 && p <= position - layer) continue;
       double score = 0;
       for (int d = 0; d < form.dims; d++) score += static_cast<double>(q[d]) * lane.keys[p][d];
-      weights.push_back(score * scale), seen.push_back(p);
-      top = std::fmax(top, score * scale);
+      score *= scale;
+      if (softcap > 0) score = softcap * std::tanh(score / softcap);
+      weights.push_back(score), seen.push_back(p);
+      top = std::fmax(top, score);
+    }
+    if (has_sinks) {
+      const double sink = sink_at(position);
+      top = std::fmax(top, sink), sum = std::exp(sink - top);
     }
     for (double& w : weights) sum += w = std::exp(w - top);
     for (size_t i = 0; i < seen.size(); i++)
@@ -121,7 +132,10 @@ struct Bench {
       from[i] = q[i].data(), to[i] = y[i].data();
       positions[i] = i == 2 ? -1 : std::max(end - 1 - i / 2, i % 2 ? 0 : -1);
     }
-    isa::attend(kv, row, head, count, from.data(), to.data(), positions.data(), scale, layer);
+    Floats32 sinks(count);
+    for (int i = 0; i < count; i++) sinks[i] = sink_at(positions[i]);
+    const ScoreRule rule{scale, layer, softcap};
+    isa::attend(kv, row, head, count, from.data(), to.data(), positions.data(), rule, has_sinks ? sinks.data() : nullptr);
     for (int i = 0; i < count; i++) {
       const std::vector<double> truth = oracle(row, head, q[i], positions[i], scale);
       for (int d = 0; d < form.dims; d++) {
@@ -133,7 +147,7 @@ struct Bench {
       if (i > 4 && i < count - 1) continue;
       Floats32 alone(form.dims);
       float* alone_to = alone.data();
-      isa::attend(kv, row, head, 1, &from[i], &alone_to, &positions[i], scale, layer);
+      isa::attend(kv, row, head, 1, &from[i], &alone_to, &positions[i], rule, has_sinks ? &sinks[i] : nullptr);
       expect(!std::memcmp(alone.data(), y[i].data(), form.dims * sizeof(float)),
              "%s D=%d window=%d end=%d: query %d of %d differs from itself alone", name_of(form.format), form.dims, window, end,
              i, count);
@@ -187,6 +201,17 @@ void check_many_queries() {
   bench.attend(0, 1, 150, 130);
 }
 
+// Scores that reach the cap, and sinks.
+void check_score_rules() {
+  for (const auto& [softcap, has_sinks] : {std::pair{2.0f, false}, {0.0f, true}, {0.5f, true}}) {
+    Bench bench({KVFormat::f16, 80, 0}, 0, 0, 70);
+    bench.softcap = softcap, bench.has_sinks = has_sinks;
+    bench.append(0, 0, 150, 2.0f);
+    for (int count : {1, 3, 70}) bench.attend(0, 1, 150, count, 2.0f);
+    bench.attend(0, 1, 1, 1, 2.0f);
+  }
+}
+
 void check_large_scores() {
   Bench bench({KVFormat::f32, 64, 0}, 0, 0);
   bench.append(0, 0, 100);
@@ -199,7 +224,7 @@ void check_large_scores() {
   const float* from = q.data();
   float* to = y.data();
   const int position = 99;
-  isa::attend(bench.kv, 0, 0, 1, &from, &to, &position, 1.0f, 0);
+  isa::attend(bench.kv, 0, 0, 1, &from, &to, &position, {1.0f, 0}, nullptr);
   const auto truth = bench.oracle(0, 0, q, position, 1.0f);
   for (int d = 0; d < 64; d++) expect(std::fabs(y[d] - truth[d]) < 1e-6, "large scores: %g, not %g", y[d], truth[d]);
 }
@@ -230,7 +255,7 @@ Floats32 attend_once(const KVStore& kv, const Floats32& q, int position) {
   Floats32 y(kv.head_dim());
   const float* from = q.data();
   float* to = y.data();
-  isa::attend(kv, 0, 1, 1, &from, &to, &position, 0.125f, 0);
+  isa::attend(kv, 0, 1, 1, &from, &to, &position, {0.125f, 0}, nullptr);
   return y;
 }
 
@@ -364,6 +389,7 @@ int main(int argc, char** argv) {
   } else {
     check_attention();
     check_many_queries();
+    check_score_rules();
     check_large_scores();
     check_recycling();
     check_forks();

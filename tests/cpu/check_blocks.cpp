@@ -65,9 +65,10 @@ WeightPtr make_weight(int rows, int columns, bool has_bias = false) {
 
 constexpr int HIDDEN = 64, INNER = 160, HEADS = 4, KV_HEADS = 2, DIM = 32;
 
-AttentionLayer make_attention() {
+// With or without what only some families have.
+AttentionLayer make_attention(bool has_all) {
   AttentionLayer layer;
-  layer.norm = {std::vector<float>(HIDDEN, 1.0f), 1e-5f};
+  layer.norm = Norm{std::vector<float>(HIDDEN, 1.0f), 1e-5f};
   layer.q = make_weight(HEADS * DIM, HIDDEN, true);
   layer.k = make_weight(KV_HEADS * DIM, HIDDEN);
   layer.v = make_weight(KV_HEADS * DIM, HIDDEN);
@@ -79,12 +80,17 @@ AttentionLayer make_attention() {
   rope.dims = DIM;
   layer.rope = rope;
   layer.window = 90;
+  if (!has_all) return layer;
+  layer.k_norm = Norm{std::vector<float>(KV_HEADS * DIM, 0.9f), 1e-6f};
+  layer.ending = {Norm{std::vector<float>(HIDDEN, 0.8f), 1e-6f}, 0.5f};
+  layer.softcap = 4.0f, layer.sinks = {0.5f, -2.0f, 3.0f, 0.0f};
   return layer;
 }
 
-MLPLayer make_mlp() {
+MLPLayer make_mlp(bool has_all) {
   MLPLayer layer;
-  layer.norm = {std::vector<float>(HIDDEN, 1.0f), 1e-5f};
+  layer.norm = Norm{std::vector<float>(HIDDEN, 1.0f), 1e-5f};
+  if (has_all) layer.norm.reset(), layer.ending.scale = 0.5f, layer.activation = Activation::swiglu_oai;
   layer.gate = make_weight(INNER, HIDDEN);
   layer.up = make_weight(INNER, HIDDEN);
   layer.down = make_weight(HIDDEN, INNER);
@@ -92,8 +98,10 @@ MLPLayer make_mlp() {
 }
 
 struct Model {
-  AttentionLayer attention = make_attention();
-  MLPLayer mlp = make_mlp();
+  AttentionLayer attention;
+  MLPLayer mlp;
+
+  explicit Model(bool has_all) : attention(make_attention(has_all)), mlp(make_mlp(has_all)) {}
 
   std::unique_ptr<KVStore> make_store(int batch) const {
     return std::make_unique<KVStore>(batch, KV_HEADS, DIM, KVFormat::f16, 0, 90, 4);
@@ -259,6 +267,62 @@ void check_fork(const Model& model) {
 #endif
 }
 
+// Positions on three axes are those of the step's rows; where all are the shifted positions the bits are theirs.
+void check_turns(Model model) {
+  model.attention.rope->axes = std::vector<int>(DIM / 2);
+  for (int i = 0; i < DIM / 2; i++) model.attention.rope->axes[i] = i % 3;
+  const std::vector<int> lengths = {280, 3};
+  const auto x = numbers(283 * HIDDEN);
+  std::vector<std::unique_ptr<KVStore>> stores;
+  for (int i = 0; i < 4; i++) stores.push_back(model.make_store(1));
+  Step shifted{{0, 0}, lengths, 283, true, {7, -20}}, turned{{0, 0}, lengths, 283, true};
+  for (int axis = 0; axis < 3; axis++)
+    for (int b : {0, 1})
+      for (int i = 0; i < lengths[b]; i++) turned.turns.push_back(i + shifted.shifts[b]);
+  const auto y = model.step(Stores{stores[0].get(), stores[1].get()}, shifted, x);
+  const auto z = model.step(Stores{stores[2].get(), stores[3].get()}, turned, x);
+  expect(same(y.data(), z.data(), y.size()), "turns on three axes are those of shifts");
+  turned.turns.pop_back();
+  try {
+    check_step(model.attention, Stores{stores[2].get(), stores[3].get()}, turned);
+    expect(false, "a step with a turn too few was taken");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+// The same bits for any threads, and for a row alone.
+void check_experts_and_runs() {
+  MoELayer layer;
+  layer.norm = Norm{std::vector<float>(HIDDEN, 1.0f), 1e-5f};
+  layer.num_experts = 6, layer.top_k = 2;
+  layer.router = make_weight(6, HIDDEN);
+  layer.gate = make_weight(6 * INNER, HIDDEN, true), layer.up = make_weight(6 * INNER, HIDDEN);
+  layer.down = make_weight(6 * HIDDEN, INNER, true);
+  layer.ending.scale = 0.5f;
+  check_experts(layer);
+  const int rows = 300, heads = 3, dim = 33, length = 150;
+  const auto x = numbers(rows * HIDDEN), q = numbers(heads * length * dim), k = numbers(q.size()), v = numbers(q.size());
+  std::vector<float> y(x.size()), again(x.size()), alone(HIDDEN), mixed(q.size()), mixed_again(q.size());
+  set_threads(1);
+  moe_block(layer, Precision::int8, x.data(), y.data(), rows);
+  attention_within(q.data(), k.data(), v.data(), mixed.data(), heads, length, dim, {70, 1, 79}, 0.2f);
+  set_threads(3);
+  moe_block(layer, Precision::int8, x.data(), again.data(), rows);
+  attention_within(q.data(), k.data(), v.data(), mixed_again.data(), heads, length, dim, {70, 1, 79}, 0.2f);
+  expect(same(y.data(), again.data(), y.size()), "experts give the same bits for any number of threads");
+  expect(same(mixed.data(), mixed_again.data(), mixed.size()), "runs give the same bits for any number of threads");
+  for (int row : {0, 255, 299}) {
+    moe_block(layer, Precision::int8, x.data() + row * HIDDEN, alone.data(), 1);
+    expect(same(y.data() + row * HIDDEN, alone.data(), HIDDEN), "a row among others has from its experts what it has alone");
+  }
+  layer.top_k = 7;
+  try {
+    check_experts(layer);
+    expect(false, "more experts were chosen than there are");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
 void check_small_ends(const Model& model) {
   const auto kv = model.make_store(2);
   const auto y = model.step(*kv, Step{{0, 0}, {0, 1}, 1}, numbers(2 * HIDDEN));
@@ -270,7 +334,7 @@ void check_small_ends(const Model& model) {
   expect(probabilities[best] == *std::max_element(probabilities.begin(), probabilities.end()), "the likeliest is the largest");
   std::vector<float> rows(3 * HEADS * DIM);
   const int tokens[] = {-1, 1 << 30, HIDDEN - 1};
-  embed(*model.attention.o, tokens, rows.data(), 3);
+  embed(*model.attention.o, 0.5f, tokens, rows.data(), 3);
   expect(std::isnan(rows[0]) && std::isnan(rows[HEADS * DIM]), "a token outside the table has no row");
   expect(std::isfinite(rows.back()), "the table's last row");
   linear(*model.attention.q, Precision::int8, nullptr, nullptr, 0);
@@ -279,10 +343,14 @@ void check_small_ends(const Model& model) {
 }  // namespace
 
 int main() {
-  const Model model;
-  check_threads(model);
-  check_batch(model);
-  check_ragged(model);
+  const Model model(false), richer(true);
+  for (const Model* one : {&model, &richer}) {
+    check_threads(*one);
+    check_batch(*one);
+    check_ragged(*one);
+    check_turns(*one);
+  }
+  check_experts_and_runs();
   check_shared_pages(model);
   check_two_callers(model);
   check_fork(model);

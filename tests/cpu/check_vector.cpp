@@ -30,18 +30,37 @@ void check_rms_norm() {
 
 void check_glu() {
   for (int n : {1, 15, 16, 1003}) {
-    for (Activation activation : {Activation::silu, Activation::gelu_tanh}) {
+    for (Activation activation : {Activation::silu, Activation::gelu_tanh, Activation::swiglu_oai}) {
       const Floats32 gate = random_row(n, n == 1003 ? 100.0f : 5.0f), up = random_row(n);
       Floats32 y = gate;
       isa::glu(activation, y.data(), up.data(), y.data(), n);
       for (int i = 0; i < n; i++) {
-        const double x = gate[i], u = 0.7978845608028654 * (x + 0.044715 * x * x * x);
-        const double exponent = activation == Activation::silu ? x : 2 * u;
-        const double truth = x / (1 + std::exp(-exponent)) * up[i];
+        const bool is_oai = activation == Activation::swiglu_oai;
+        const double x = is_oai ? std::fmin(gate[i], 7.0) : gate[i], u = 0.7978845608028654 * (x + 0.044715 * x * x * x);
+        const double exponent = is_oai ? 1.702 * x : activation == Activation::silu ? x : 2 * u;
+        const double factor = is_oai ? std::fmax(-7.0, std::fmin(up[i], 7.0)) + 1 : up[i];
+        const double truth = x / (1 + std::exp(-exponent)) * factor;
         // The exponent is rounded to a float, so the error grows with it; what is far below 1 may be less exact.
         const double bound = (1e-6 + 2e-7 * std::fmin(std::fabs(exponent), 90)) * std::fabs(truth) + 1e-30;
         expect(std::fabs(y[i] - truth) <= bound, "glu of %.8g: %.8g, not %.8g", x, y[i], truth);
       }
+    }
+  }
+}
+
+void check_cap() {
+  for (int n : {1, 16, 1003}) {
+    for (float softcap : {0.0f, 30.0f, 0.5f}) {
+      const Floats32 x = random_row(n, 100.0f);
+      Floats32 y = x;
+      y.push_back(12345.0f);
+      isa::cap(y.data(), 0.75f, softcap, n);
+      for (int i = 0; i < n; i++) {
+        const double scaled = 0.75 * x[i], truth = softcap > 0 ? softcap * std::tanh(scaled / softcap) : scaled;
+        const double bound = softcap > 0 ? 3e-7 * softcap : 1e-7 * std::fabs(truth);
+        expect(std::fabs(y[i] - truth) <= bound, "cap of %.8g at %g: %.8g, not %.8g", x[i], softcap, y[i], truth);
+      }
+      expect(y[n] == 12345.0f, "cap of %d wrote beyond", n);
     }
   }
 }
@@ -87,6 +106,7 @@ void check_argmax() {
 int main() {
   check_rms_norm();
   check_glu();
+  check_cap();
   check_rotate();
   check_argmax();
   std::printf("%d checks\n", check::checks);

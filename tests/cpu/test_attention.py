@@ -46,7 +46,7 @@ def run(program: Path, *arguments: str, given: bytes = b"") -> None:
 
 
 @pytest.mark.parametrize("isa", FLAGS)
-@pytest.mark.parametrize("check", ["check_vector", "check_attention"])
+@pytest.mark.parametrize("check", ["check_vector", "check_attention", "check_attention_run"])
 def test_kernels_meet_doubles(program, check: str, isa: str) -> None:
     """Every format, ragged sizes, windows, kept positions, trims, forks; a query as if it were alone."""
     run(program(check, isa))

@@ -7,7 +7,10 @@ import pytest
 
 from tests.cpu.sets import FLAGS, HERE, KERNELS, SANITIZED, reason_to_skip
 
-SOURCES = ("isa", "pool", "products", "blocks", "matrix", "kv_store")
+SOURCES = (
+    *("isa", "pool", "products", "residual", "blocks", "moe", "attention_within"),
+    *("matrix", "kv_store"),
+)
 SANITIZERS = {
     "threads": ["-fsanitize=thread"],
     "memory": SANITIZED,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_edge.engine.budget import MemoryBudget, format_size, largest, refuse
+from mlx_edge.engine.memory.budget import MemoryBudget, format_size, largest, refuse
 from mlx_edge.errors import MemoryBudgetError
 
 OWNERS = st.integers(0, 5)

@@ -445,12 +445,12 @@ def test_the_process_ends_with_an_engine_at_work() -> None:
 
 def test_memory_refuses_and_lets_wait(pocket: Pocket, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the process holds beside the model differs from one engine to the next.
-    monkeypatch.setattr("mlx_edge.engine.memory.private_bytes", lambda: 1 << 27)
+    monkeypatch.setattr("mlx_edge.engine.memory.model.private_bytes", lambda: 1 << 27)
     config = EngineConfig(prefill_chunk=16, prefix_cache_bytes=0)  # smaller it will not become
     with Engine(pocket, config) as engine:
         served = engine._served
         assert served.memory
-        need = served.needed_bytes(20, 100)
+        need = served.needed_bytes(20, 100).begin
         total = sum(served.memory.standing().values()) + need + 1000
     with Engine(pocket, replace(config, memory_budget_bytes=total)) as tight:
         with pytest.raises(MemoryBudgetError, match="lower max_tokens to"):

@@ -1,7 +1,7 @@
 """Promises of memory come before stored prefixes, and never exceed the budget."""
 
-from mlx_edge.engine.budget import MemoryBudget
-from mlx_edge.engine.ledger import PREFIXES, Ledger
+from mlx_edge.engine.ledger import FEATURES, PREFIXES, Ledger
+from mlx_edge.engine.memory.budget import MemoryBudget
 
 
 class Shelf:
@@ -29,6 +29,22 @@ def test_prefixes_give_way_as_far_as_they_must() -> None:
     ledger.release(1)
     assert ledger.reserve(3, 65)
     assert (shelf.nbytes, budget.free) == (0, 0)
+
+
+def test_features_of_images_give_way_before_prefixes() -> None:
+    features, prefixes, budget = Shelf(20), Shelf(40), MemoryBudget(100)
+    ledger = Ledger(budget, prefixes, features)
+    ledger.count_features()
+    ledger.count_prefixes()
+    assert ledger.reserve(1, 55)
+    assert (features.nbytes, prefixes.nbytes) == (0, 40)
+    assert (budget.of(FEATURES), budget.of(PREFIXES)) == (0, 40)
+    assert ledger.reserve(2, 25)
+    assert (prefixes.nbytes, budget.free) == (20, 0)
+    assert not ledger.reserve(3, 21)
+    assert ledger.reserve(1, 35)  # a promise that is lowered
+    assert ledger.reserve(3, 40)
+    assert (prefixes.nbytes, budget.free) == (0, 0)
 
 
 def test_new_prefixes_take_only_what_is_free() -> None:

@@ -9,12 +9,12 @@ import pytest
 
 from mlx_edge import ops
 from mlx_edge.cache import KVCache, PagedKVCache, QuantizedRows, prepare_step
-from mlx_edge.engine.budget import MemoryBudget
 from mlx_edge.engine.config import EngineConfig
-from mlx_edge.engine.kv_sizes import ALLOCATION_BYTES, ArraySizes, PagedSizes, RowSizes
-from mlx_edge.engine.machine import find_machine, memory_limit, private_bytes, this_machine
-from mlx_edge.engine.memory import MemoryModel
-from mlx_edge.engine.weight_sizes import measure_weights, packed_matrix_bytes
+from mlx_edge.engine.memory.budget import MemoryBudget
+from mlx_edge.engine.memory.kv_sizes import ALLOCATION_BYTES, ArraySizes, PagedSizes, RowSizes
+from mlx_edge.engine.memory.machine import find_machine, memory_limit, private_bytes, this_machine
+from mlx_edge.engine.memory.model import MemoryModel
+from mlx_edge.engine.memory.weight_sizes import measure_weights, packed_matrix_bytes
 from mlx_edge.errors import HardwareNotSupportedError, InvalidRequestError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import find_arrays

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mlx_edge import ops
 from mlx_edge.cache import QuantizedRows
-from mlx_edge.engine.prefix_cache import PrefixCache
-from mlx_edge.engine.prefix_index import (
+from mlx_edge.engine.prefix.cache import PrefixCache
+from mlx_edge.engine.prefix.index import (
     MIN_TOKENS,
     LostPrefixes,
     PrefixIndex,
@@ -243,6 +243,43 @@ def test_a_cache_of_no_bytes_says_that_it_is_off() -> None:
 
 
 # What is kept.
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "found", "said"),
+    [
+        (text((1, 40), (-7, 20), (2, 20)), text((1, 40), (-8, 20)), 40, "where image 1 begins"),
+        (text((1, 40), (-7, 20), (2, 20)), text((1, 40), (-7, 20), (3, 9)), 60, "after 60 tokens"),
+        (
+            text((1, 40), (-7, 12)),
+            text((1, 40), (-7, 20), (2, 9)),
+            40,
+            "after 52 tokens, within image 1",
+        ),
+        (text((1, 30), (-7, 20)), text((1, 30), (-7, 8), (-9, 12), (2, 9)), 0, "within image 1"),
+    ],
+)
+def test_an_image_is_found_whole_or_not_at_all(
+    stored: Tokens, wanted: Tokens, found: int, said: str
+) -> None:
+    cache: PrefixCache[FakeCache] = PrefixCache(1 << 20)
+    put(cache, stored)
+    begin = next(i for i, token in enumerate(wanted) if token < 0)
+    result = cache.lookup(wanted, "k", [range(begin, begin + 20)])
+    assert result.num_tokens == found
+    assert result.miss is not None
+    assert said in result.miss
+
+
+def test_a_prompt_that_ends_in_its_image_is_found_up_to_there() -> None:
+    cache: PrefixCache[FakeCache] = PrefixCache(1 << 20)
+    tokens = text((1, 40), (-7, 20))
+    put(cache, tokens)
+    result = cache.lookup(tokens, "k", [range(40, 60)])
+    assert (result.num_tokens, result.miss) == (
+        40,
+        "the prompt ends in an image, which is read whole",
+    )
 
 
 def kept(cache: PrefixCache[FakeCache], *texts: Tokens) -> list[bool]:

@@ -24,10 +24,11 @@ import pytest
 
 from mlx_edge import ops
 from mlx_edge.cache import AnyKVCache, QuantizedRows
-from mlx_edge.engine import prefix_file, prefix_writer
-from mlx_edge.engine.prefix_cache import MIN_SAVED_TOKENS, PrefixCache
-from mlx_edge.engine.prefix_disk import PrefixDisk
-from mlx_edge.engine.prefix_index import pack_tokens
+from mlx_edge.engine.prefix import file as prefix_file
+from mlx_edge.engine.prefix import writer as prefix_writer
+from mlx_edge.engine.prefix.cache import MIN_SAVED_TOKENS, PrefixCache
+from mlx_edge.engine.prefix.disk import PrefixDisk
+from mlx_edge.engine.prefix.index import pack_tokens
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Decoder
 from mlx_edge.models.load import load
@@ -265,7 +266,7 @@ def test_two_processes_share_a_folder(model: Decoder, tmp_path: Path) -> None:
 def test_a_change_within_a_tick_of_the_clock_is_noticed(
     model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_edge.engine.prefix_disk.SETTLED_NS", 10**18)  # however slow this is
+    monkeypatch.setattr("mlx_edge.engine.prefix.disk.SETTLED_NS", 10**18)  # however slow this is
     cache = reopen(model, tmp_path)
     before = tmp_path.stat()
     keep(model, tmp_path, prompt_of())
@@ -314,7 +315,7 @@ def test_a_full_disk_switches_the_tier_off(
     call: str,
 ) -> None:
     cache = reopen(model, tmp_path)
-    monkeypatch.setattr(f"mlx_edge.engine.prefix_file.{call}", refuse)
+    monkeypatch.setattr(f"mlx_edge.engine.prefix.file.{call}", refuse)
     check_that_it_goes_off(model, cache, tmp_path, caplog)
 
 
@@ -527,8 +528,8 @@ def test_a_file_under_anothers_name_is_not_taken_for_it(model: Decoder, tmp_path
 
 WRITER = """
 import sys, mlx.core as mx, numpy as np
-from mlx_edge.engine.prefix_cache import PrefixCache
-from mlx_edge.engine.prefix_disk import PrefixDisk
+from mlx_edge.engine.prefix.cache import PrefixCache
+from mlx_edge.engine.prefix.disk import PrefixDisk
 from mlx_edge.models.load import load
 
 model = load()[0]

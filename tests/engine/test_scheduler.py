@@ -308,3 +308,33 @@ def test_the_cost_of_a_row_is_the_slope() -> None:
     cost.add(102, 3.0, has_prompt=True)  # the machine was busy with something else
     cost.add(52, 0.1, has_prompt=True)
     assert cost.row_s == pytest.approx(0.001, rel=0.2)
+
+
+def test_a_job_that_is_not_ready_waits_beside_the_others() -> None:
+    house = House()
+    decoding = house.add(prompt=1, tokens=100)
+    house.step()
+    late = house.add(prompt=8, priority=0)
+    house.now += 1
+    first = house.add(prompt=8, priority=3)
+    jobs = {job.key: job for job in house.scheduler.admit(house.now)}
+    for job in jobs.values():
+        job.is_ready = False
+    assert [part.job.key for part in house.scheduler.plan().parts] == [decoding]
+    assert house.scheduler.next_unready() is jobs[first]
+    jobs[first].is_ready = True
+    assert house.scheduler.next_unready() is jobs[late]
+    assert {part.job.key for part in house.scheduler.plan().parts} == {decoding, first}
+
+
+def test_a_suspect_that_is_not_ready_holds_up_all() -> None:
+    house = House()
+    keys = [house.add(prompt=4) for _ in range(2)]
+    jobs = [job for job in house.scheduler.admit(house.now) if job.key in keys]
+    jobs[0].is_ready = False
+    house.scheduler.distrust(jobs)
+    assert not house.scheduler.plan()
+    assert house.scheduler.next_unready() is jobs[0]
+    jobs[0].is_ready, jobs[1].is_ready = True, False
+    assert house.scheduler.plan().parts[0].job is jobs[0]
+    assert house.scheduler.next_unready() is None  # its turn comes when it runs alone

@@ -19,6 +19,8 @@ def draw_weight(name: str, shape: list[int]) -> NDArray[np.float32]:
     if len(shape) == 2:
         # A row of the token table is read as it is, not summed over.
         values = noise if "embed" in name else noise * np.sqrt(3 / shape[1])
+    elif len(shape) == 3:  # of each expert, inputs first
+        values = noise * np.sqrt(3 / shape[1])
     else:
         values = 0.3 * noise + (1.0 if "norm" in name else 0.0)
     return values.astype(np.float32)

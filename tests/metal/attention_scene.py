@@ -49,6 +49,7 @@ class Scene:
     magnitude: float = 1.0
     norms: tuple[bool, bool] = (False, False)  # of queries, of keys
     has_sinks: bool = False
+    shifts: tuple[int, ...] = ()  # of where rope turns each sequence, from its positions
     has_still_pair: bool = False  # the last pair of a head has an infinite period
     has_odd_values: bool = False  # new values with groups of zeros, of one number, of one sign
     seed: int = 0
@@ -77,6 +78,7 @@ class Scene:
             window=self.window,
             keep=self.keep,
             keep_window=self.keep_window,
+            shifts=self.shifts,
         )
 
     @property
@@ -240,7 +242,8 @@ def _prepare(scene: Scene, first: int, count: int, norm: str) -> np.ndarray:
     if layer[norm] is not None:
         x = oracle.rms_norm(x, layer[norm])
     if layer["rope"] is not None:
-        positions = np.array(scene.starts)[:, None] + np.arange(MAX_NEW)
+        firsts = np.array(scene.starts) + np.array(scene.shifts or 0)
+        positions = firsts[:, None] + np.arange(MAX_NEW)
         x = oracle.rotate(x, layer["rope"], positions)
     return x
 

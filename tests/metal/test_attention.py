@@ -60,6 +60,7 @@ LAYERS = {
     "norm of keys": Scene((9,), norms=(False, True), rope_dims=64, is_interleaved=True),
     "magnitude": Scene((90,), (2,), 2, rope_dims=48, magnitude=1.3, norms=(True, True)),
     "a pair that stands still": Scene((90,), rope_dims=64, has_still_pair=True),
+    "shifts": Scene((90, 3), (2, 1), 2, rope_dims=48, shifts=(-70, 11), is_interleaved=True),
     "sinks": Scene((33,), (2,), 2, heads=4, kv_heads=2, has_sinks=True),
     "sinks and padding": Scene((33, 2), (2, 1), 2, heads=10, kv_heads=2, has_sinks=True),
 }

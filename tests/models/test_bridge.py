@@ -185,7 +185,7 @@ def test_load_says_who_defines_the_model(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_the_command_takes_the_flag(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", str(save_foreign(tmp_path)), "--max-tokens", "4"]
+    arguments = ["--model", str(save_foreign(tmp_path, "gemma")), "--max-tokens", "4"]
     assert main([*arguments, "--bridge", "mlx-lm", "--max-kv-size", "8"]) == 0
     assert "read by mlx-lm" in capfd.readouterr().out
     assert main(arguments) == 2

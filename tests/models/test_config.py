@@ -79,13 +79,16 @@ def test_keys_that_change_nothing_are_accepted() -> None:
     [
         (
             {"model_type": "mamba"},
-            "'mamba' is not one of those defined here (llama, mistral, qwen2, qwen3, smollm3)",
+            "'mamba' is not one of those defined here (gemma2, gemma3, gemma3_text, glm4,",
         ),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"layer_types": ["chunked_attention"] * 3}, "layer_types chunked_attention"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
-        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope'"),
+        ({"rope_scaling": {"type": "proportional"}}, "rope type 'proportional'"),
+        ({"rope_scaling": {"type": "mrope"}}, "rope type 'mrope'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"text_config": {"hidden_size": 32}}, "text_config = {'hidden_size': 32}"),
         ({"rope_scaling": {**LLAMA3_ROPE, "mscale": 2}}, "mscale = 2"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "int4"}}, "mode 'int4'"),

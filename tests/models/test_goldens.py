@@ -16,7 +16,8 @@ from mlx_edge.models.load import load_model
 from mlx_edge.weights.writer import write_checkpoint
 from tests.goldens.weights import draw_tokens, draw_weight
 
-GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("*.json"))
+FOLDER = Path(__file__).parents[1] / "goldens"
+GOLDENS = sorted(path for path in FOLDER.glob("*.json") if not path.stem.startswith("vision_"))
 TOLERANCE = 1e-4  # of the largest logit
 CHUNKS = ([90], [31, 1, 1, 20, 37], [64, 1, 1, 24])
 
@@ -41,8 +42,18 @@ def logits_in_chunks(model: Decoder, tokens: list[int], chunks: list[int]) -> np
     return np.array(mx.concatenate(parts, axis=1))[0]
 
 
+def test_the_table_of_families_lists_them_all() -> None:
+    """docs/families.md is written by scripts/parity_table.py."""
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    table = text.split("<!-- parity: begin -->")[1].split("<!-- parity: end -->")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    assert [row[1].strip(" `") for row in rows] == list(FAMILIES)
+    assert all(0 < float(row[3]) <= TOLERANCE for row in rows)
+
+
 def test_every_family_has_goldens() -> None:
-    assert {read_golden(path)["given"]["model_type"] for path in GOLDENS} == set(FAMILIES)
+    seeing = {"glm4v", "qwen2_5_vl"}  # whole, in tests/models/vision
+    assert {read_golden(path)["given"]["model_type"] for path in GOLDENS} | seeing == set(FAMILIES)
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)

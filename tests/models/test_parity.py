@@ -14,6 +14,7 @@ from mlx_edge.models.load import load_model
 from tests.models.tiny import CONFIGS, make_model, save_model
 
 TOLERANCE = 1e-4  # of the largest logit
+QUANTIZED = """llama3 llama-tied llama-bias qwen3 glm4 gemma3 phi3 qwen3_moe mixtral olmo2 gpt_oss""".split()
 TOKENS = 75  # more than two tails of the cache
 
 
@@ -40,7 +41,7 @@ def test_dense_logits_equal_mlx_lm(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64), (3, 32)])
-@pytest.mark.parametrize("name", ["llama3", "llama-tied", "llama-bias", "qwen3"])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_logits_equal_mlx_lm(
     name: str, bits: int, group_size: int, tmp_path: Path
 ) -> None:

@@ -29,6 +29,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA = {
+    **SIZES,
+    "num_hidden_layers": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": True,
+}
+EXPERTS = {**SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * i for i in range(8)]}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama2": {"model_type": "llama", **SIZES},
     "llama3": {"model_type": "llama", **SIZES, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
@@ -65,6 +74,75 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3-interval": {"model_type": "smollm3", **SIZES, "no_rope_layer_interval": 2},
     "qwen3": {"model_type": "qwen3", **SIZES},
     "qwen3-tied": {"model_type": "qwen3", **SIZES, "tie_word_embeddings": True, "head_dim": 16},
+    "glm4": {
+        "model_type": "glm4",
+        **SIZES,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+    },
+    # mlx-lm's gemma2 has no windows.
+    "gemma2": {"model_type": "gemma2", **GEMMA, "sliding_window": 4096},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **GEMMA,
+        "sliding_window": 20,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "tie_word_embeddings": False,  # mlx-lm has a head until it reads files without one
+    },
+    "phi3": {"model_type": "phi3", **SIZES, "head_dim": None},
+    "phi3-long": {
+        "model_type": "phi3",
+        **SIZES,
+        "head_dim": None,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": "longrope", **LONGROPE},
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **EXPERTS,
+        "num_experts": 6,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        **SIZES,
+        "intermediate_size": 64,
+        "head_dim": None,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "granite": {
+        "model_type": "granite",
+        **SIZES,
+        "head_dim": None,
+        "attention_bias": True,
+        "mlp_bias": False,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.5,
+    },
+    "olmo2": {"model_type": "olmo2", **SIZES, "head_dim": None},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **SIZES,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,  # without gpt-oss's own "truncate": mlx-lm does not read it
+            "original_max_position_embeddings": 32,
+        },
+    },
 }
 
 

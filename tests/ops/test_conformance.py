@@ -6,8 +6,9 @@ which is why the reference is measured in float32 here and why models are held i
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,18 @@ from mlx_edge import ops
 from mlx_edge.cache import KVCache, PagedKVCache, prepare_step
 from mlx_edge.errors import HardwareNotSupportedError
 from mlx_edge.models.packing import pack_weight
-from mlx_edge.ops.cases import TEST, AttentionCase, BlockCase, LinearCase, RaggedCase, RowCase
+from mlx_edge.ops.cases import (
+    TEST,
+    AttentionCase,
+    ExpertsCase,
+    HeadCase,
+    LayerCase,
+    LinearCase,
+    RaggedCase,
+    RotateCase,
+    RowCase,
+    WithinCase,
+)
 from mlx_edge.ops.reference import IMPLEMENTATIONS
 from mlx_edge.ops.select import BACKENDS
 from tests.ops import oracle
@@ -39,6 +51,7 @@ class Served:
         return f"{self.backend}-int8" if self.precision == "int8" else self.backend
 
 
+LAYERS = [*map(LayerCase, TEST.block), *TEST.layers]
 SERVED = [*(Served(backend.name) for backend in BACKENDS), Served("cpu", "int8")]
 
 
@@ -69,12 +82,12 @@ def skip_missing_op(op: str, served: Served) -> None:
         pytest.skip(f"{backend.name} has no {op} apart from its blocks")
 
 
-def skip_refused(op: str, served: Served, *args: object) -> None:
+def skip_refused(op: str, served: Served, *args: object, **kwargs: object) -> None:
     """A call that the Metal kernels refuse in words is one that the reference serves on a Mac."""
     if served.backend not in {"metal", "emulated"}:
         return
     try:
-        ops.choose(op, *args)
+        ops.choose(op, *args, **kwargs)
     except HardwareNotSupportedError as error:
         pytest.skip(f"left to the reference: {error}")
 
@@ -131,7 +144,7 @@ def test_rms_norm(case: RowCase) -> None:
     assert_close(ops.rms_norm(x, norm), oracle.rms_norm(oracle.f64(x), norm))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("case", TEST.rows, ids=str)
 def test_glu(case: RowCase, activation: ops.Activation) -> None:
     gate, up = 4 * normal(1, case.rows, case.width), normal(1, case.rows, case.width)
@@ -139,28 +152,48 @@ def test_glu(case: RowCase, activation: ops.Activation) -> None:
     assert_close(ops.glu(gate, up, activation), wanted)
 
 
-@pytest.mark.parametrize("bits", [0, 4, 8])
-def test_embed_and_head(bits: int, served: Served) -> None:
-    table = make_ready(make_linear(53, 128, bits), served)
+@pytest.mark.parametrize("case", TEST.heads, ids=str)
+def test_embed_and_head(case: HeadCase, served: Served) -> None:
+    table = make_ready(make_linear(53, 128, case.bits), served)
     tokens = mx.array([[0, 52, 7], [7, 1, 0]])
-    embedding = ops.Embedding(table)
+    embedding = ops.Embedding(table, case.embed_scale)
     x = ops.embed(tokens, embedding)
     assert_close(x, oracle.embed(np.array(tokens), embedding))
-    weights = ops.HeadWeights(make_norm(128), table)
+    weights = ops.HeadWeights(make_norm(128), table, case.scale, case.softcap)
     wanted = oracle.head(oracle.f64(x), weights)
-    assert_close(ops.head(x, weights), wanted, tolerance_of(served, bits))
+    assert_close(ops.head(x, weights), wanted, tolerance_of(served, case.bits))
 
 
-@pytest.mark.parametrize("is_interleaved", [False, True])
-@pytest.mark.parametrize(("dims", "magnitude"), [(16, 1.0), (8, 1.25)])
-def test_rotate(is_interleaved: bool, dims: int, magnitude: float, served: Served) -> None:
+def test_embed_scales_a_half_by_a_half() -> None:
+    """In training the factor had the table's own dtype: 55.43 was 55.5."""
+    if not ops.uses_cpu_kernels():
+        pytest.skip("rows of halves become floats in the CPU kernels alone")
+    table = ops.Dense(make_linear(7, 64).weight.astype(mx.bfloat16))
+    wanted = table.weight.astype(mx.float32) * 55.5
+    assert mx.array_equal(ops.embed(mx.arange(7), ops.Embedding(pack_weight(table), 55.43)), wanted)
+
+
+def make_rope(dims: int, is_interleaved: bool, **options: Any) -> ops.Rope:
+    return ops.Rope(10000.0 ** (mx.arange(0, dims, 2) / dims), dims, is_interleaved, **options)
+
+
+def make_axes(batch: int, width: int) -> mx.array:
+    """Positions in time, height and width, of which none is the index."""
+    return mx.random.randint(0, 90, (3, batch, width)).astype(mx.int32)
+
+
+@pytest.mark.parametrize("case", TEST.rotate, ids=str)
+def test_rotate(case: RotateCase, served: Served) -> None:
     skip_missing_op("rotate", served)
-    rope = ops.Rope(
-        10000.0 ** (mx.arange(0, dims, 2) / dims), dims, is_interleaved, magnitude=magnitude
+    rope = make_rope(
+        case.dims, case.is_interleaved, magnitude=case.magnitude, sections=case.sections or ()
     )
     x = normal(2, 3, 5, 16)
-    meta = ops.StepMeta((0, 117), (5, 5), 5)
-    wanted = oracle.rotate(oracle.f64(x), rope, np.array(meta.positions))
+    axes = None if case.sections is None else make_axes(2, 5)
+    meta = ops.StepMeta((0, 117), (5, 5), 5, shifts=case.shifts, axes=axes)
+    turns = np.array(meta.positions) + np.array(case.shifts or (0, 0))[:, None]
+    turns = turns if axes is None else np.array(axes)
+    wanted = oracle.rotate(oracle.f64(x), rope, turns)
     assert_close(ops.rotate(x, rope, meta), wanted, 1e-5)  # angles are float32
 
 
@@ -206,14 +239,25 @@ def test_attention_skips_empty_slots_and_padding(served: Served) -> None:
     assert np.all(np.array(found[0, :, 2]) == 0)
 
 
-def make_layer(case: BlockCase, served: Served) -> ops.AttentionWeights:
+@pytest.mark.parametrize("case", TEST.within, ids=str)
+def test_attention_within(case: WithinCase, served: Served) -> None:
+    skip_missing_op("attention_within", served)
+    q, k, v = (normal(case.heads, sum(case.lengths), case.head_dim) for _ in range(3))
+    scale = case.head_dim**-0.5
+    wanted = oracle.attention_within(*map(oracle.f64, (q, k, v)), case.lengths, scale)
+    assert_close(ops.attention_within(q, k, v, case.lengths, scale=scale), wanted)
+
+
+def make_layer(layer: LayerCase, served: Served) -> ops.AttentionWeights:
+    case = layer.block
     query, key = case.heads * case.head_dim, case.kv_heads * case.head_dim
 
     def project(n: int, k: int) -> ops.Linear:
         return make_ready(make_linear(n, k, case.bits, has_bias=case.has_bias), served)
 
+    has_norms = case.has_qk_norm or layer.has_wide_norms
     return ops.AttentionWeights(
-        norm=make_norm(case.hidden),
+        norm=make_norm(case.hidden) if layer.has_pre_norm else None,
         q=project(query, case.hidden),
         k=project(key, case.hidden),
         v=project(key, case.hidden),
@@ -222,34 +266,46 @@ def make_layer(case: BlockCase, served: Served) -> ops.AttentionWeights:
         num_kv_heads=case.kv_heads,
         head_dim=case.head_dim,
         scale=case.head_dim**-0.5,
-        q_norm=make_norm(case.head_dim) if case.has_qk_norm else None,
-        k_norm=make_norm(case.head_dim) if case.has_qk_norm else None,
+        q_norm=make_norm(query if layer.has_wide_norms else case.head_dim) if has_norms else None,
+        k_norm=make_norm(key if layer.has_wide_norms else case.head_dim) if has_norms else None,
         window=case.window,
+        post_norm=make_norm(case.hidden) if layer.has_post_norm else None,
+        residual_scale=layer.residual_scale,
+        softcap=layer.softcap or None,
+        sinks=2 * normal(case.heads) if layer.has_sinks else None,
     )
 
 
-@pytest.mark.parametrize("case", TEST.block, ids=str)
-def test_attention_block(case: BlockCase, served: Served) -> None:
-    weights = make_layer(case, served)
-    dims = case.rope_dims or case.head_dim
-    rope = ops.Rope(10000.0 ** (mx.arange(0, dims, 2) / dims), dims, case.is_interleaved)
+def make_layer_rope(layer: LayerCase) -> ops.Rope:
+    dims = layer.block.rope_dims or layer.block.head_dim
+    return make_rope(dims, layer.block.is_interleaved, sections=layer.sections)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_attention_block(layer: LayerCase, served: Served) -> None:
+    case, weights, rope = layer.block, make_layer(layer, served), make_layer_rope(layer)
     kv = PagedKVCache(dtype=mx.float32) if served.backend == "cpu" else KVCache()
     past = None
     for width in case.steps:
         x = normal(case.batch, width, case.hidden)
         prepare_step([kv])
         meta = ops.StepMeta.uniform(kv.offset, batch_size=case.batch, width=width)
+        # The first step has an image, where the case has sections; those behind it are shifted.
+        shifts = tuple(layer.shift * (row + 1) for row in range(case.batch)) if kv.offset else ()
+        axes = make_axes(case.batch, width) if layer.sections and not kv.offset else None
+        meta = replace(meta, shifts=shifts, axes=axes)
+        turns = np.array(meta.positions) + np.array(shifts or 0).reshape(-1, 1)
+        turns = turns if axes is None else np.array(axes)
         skip_refused("attention_block", served, x, weights, kv, rope, meta)
         found = ops.attention_block(x, weights, kv, rope, meta)
-        wanted, past = oracle.attention_block(oracle.f64(x), weights, rope, past)
+        wanted, past = oracle.attention_block(oracle.f64(x), weights, rope, past, turns)
         assert_close(found, wanted, max(1e-5, tolerance_of(served, case.bits)))
 
 
 @pytest.mark.parametrize("case", TEST.ragged, ids=str)
 def test_ragged_attention_block(case: RaggedCase, served: Served) -> None:
-    layer = case.layer
-    weights = make_layer(layer, served)
-    rope = ops.Rope(10000.0 ** (mx.arange(0, layer.head_dim, 2) / layer.head_dim), layer.head_dim)
+    layer = case.layer.block
+    weights, rope = make_layer(case.layer, served), make_layer_rope(case.layer)
     kvs = [
         PagedKVCache(dtype=mx.float32) if served.backend == "cpu" else KVCache()
         for _ in case.steps[0]
@@ -259,28 +315,67 @@ def test_ragged_attention_block(case: RaggedCase, served: Served) -> None:
         x = normal(1, sum(lengths), layer.hidden)
         prepare_step(kvs)
         meta = ops.StepMeta.ragged([kv.offset for kv in kvs], lengths)
+        shifts = tuple(case.layer.shift * index for index in range(len(kvs)))
+        axes = make_axes(1, meta.width) if case.layer.sections else None
+        meta = replace(meta, shifts=shifts, axes=axes)
         skip_refused("attention_block", served, x, weights, ops.RaggedKV(tuple(kvs)), rope, meta)
         found = ops.attention_block(x, weights, ops.RaggedKV(tuple(kvs)), rope, meta)
         for index, rows in enumerate(meta.rows):
             alone = oracle.f64(x[:, rows])
-            wanted, pasts[index] = oracle.attention_block(alone, weights, rope, pasts[index])
+            turns = np.array(meta.positions)[:, rows] + shifts[index]
+            turns = turns if axes is None else np.array(axes)[:, :, rows]
+            wanted, pasts[index] = oracle.attention_block(alone, weights, rope, pasts[index], turns)
             assert_close(found[:, rows], wanted, max(1e-5, tolerance_of(served, layer.bits)))
 
 
-@pytest.mark.parametrize("case", TEST.block, ids=str)
-def test_mlp_block(case: BlockCase, served: Served) -> None:
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_mlp_block(layer: LayerCase, served: Served) -> None:
+    case = layer.block
+
     def project(n: int, k: int) -> ops.Linear:
         return make_ready(make_linear(n, k, case.bits, has_bias=case.has_bias), served)
 
     weights = ops.MLPWeights(
-        norm=make_norm(case.hidden),
+        norm=make_norm(case.hidden) if layer.has_pre_norm else None,
         gate=project(case.inner, case.hidden),
         up=project(case.inner, case.hidden),
         down=project(case.hidden, case.inner),
+        activation=layer.activation,  # type: ignore[arg-type]
+        post_norm=make_norm(case.hidden) if layer.has_post_norm else None,
+        residual_scale=layer.residual_scale,
     )
     x = normal(case.batch, case.steps[-1], case.hidden)
+    skip_refused("mlp_block", served, x, weights)
     wanted = oracle.mlp_block(oracle.f64(x), weights)
     assert_close(ops.mlp_block(x, weights), wanted, tolerance_of(served, case.bits))
+
+
+@pytest.mark.parametrize("case", TEST.experts, ids=str)
+def test_moe_block(case: ExpertsCase, served: Served) -> None:
+    skip_missing_op("moe_block", served)
+
+    def project(n: int, k: int, bits: int = case.bits) -> ops.Linear:
+        mode = case.mode if bits else "affine"
+        return make_ready(make_linear(n, k, bits, 32, case.has_bias, mode), served)
+
+    weights = ops.MoEWeights(
+        norm=make_norm(case.hidden) if case.has_pre_norm else None,
+        router=project(case.experts, case.hidden, 0),
+        gate=project(case.experts * case.inner, case.hidden),
+        up=project(case.experts * case.inner, case.hidden),
+        down=project(case.experts * case.hidden, case.inner),
+        num_experts=case.experts,
+        top_k=case.top_k,
+        is_normalized=case.is_normalized,
+        activation=case.activation,  # type: ignore[arg-type]
+        post_norm=make_norm(case.hidden) if case.has_post_norm else None,
+        residual_scale=0.5 if case.has_bias else 1.0,
+    )
+    x = normal(1, case.rows, case.hidden)
+    y = ops.moe_block(x, weights)
+    assert_close(y, oracle.moe_block(oracle.f64(x), weights), tolerance_of(served, case.bits))
+    if served.backend == "cpu":  # a row among others has the bits that it has alone
+        assert mx.array_equal(ops.moe_block(x[:, -1:], weights), y[:, -1:])
 
 
 @pytest.mark.parametrize("case", [*TEST.rows, RowCase(2, 20000)], ids=str)

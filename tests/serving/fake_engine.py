@@ -36,6 +36,7 @@ class FakeEngine:
         self.delay_s, self.error, self.late_error = delay_s, error, late_error
         self.tokenizer: Tokenizer = load_tokenizer(find_model("pocket", revision=None))
         self.context_size, self.vocab_size = context_size, self.tokenizer.vocab_size
+        self.image_token_id: int | None = None
         self.config, self.model_name = EngineConfig(), "fake"
         self.requests: list[Request] = []
         self.tickets: list[FakeTicket] = []

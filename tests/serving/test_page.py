@@ -1,5 +1,6 @@
 """The chat page in headless Chromium: it talks, stops, forgets, asks for the key, and loads nothing from elsewhere."""
 
+import base64
 import os
 import re
 from importlib.resources import files
@@ -11,6 +12,7 @@ import pytest
 from tests.serving.browser import Page, browsing, find_browser
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.running import running, wait_for
+from tests.serving.test_images import encode, make_engine
 
 PAGE = files("mlx_edge.serving") / "page"
 BROWSER = find_browser()
@@ -75,6 +77,33 @@ def test_a_conversation(page: Page) -> None:
         page.run("element('new').click(); true")
         assert page.run("document.querySelectorAll('article').length + messages.length") == 0
         assert page.problems == []
+
+
+DROP = """
+const data = new DataTransfer();
+const bytes = Uint8Array.from(atob(%r), (letter) => letter.charCodeAt(0));
+data.items.add(new File([bytes], "a.png", { type: "image/png" }));
+document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true }));
+true
+"""
+
+
+@needs_browser
+def test_an_image_that_is_dropped_goes_with_the_question(page: Page, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    image = encode()
+    with running(lambda _: engine) as server:
+        page.open(server.url)
+        page.wait("element('model').value === 'pocket'")
+        page.run(DROP % base64.b64encode(image).decode())
+        page.wait("element('status').textContent.startsWith('1 image')")
+        say(page, "What is it?")
+        page.wait("!running && document.querySelectorAll('article').length === 2")
+        assert page.run("document.querySelector('article.user .text').textContent").endswith(
+            "[1 image]"
+        )
+        assert page.run("pictures.length") == 0
+    assert engine.requests[0].images == (image,)
 
 
 @needs_browser

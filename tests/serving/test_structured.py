@@ -19,6 +19,8 @@ from mlx_edge.text.tokenizer import load_tokenizer
 from mlx_edge.text.tool_calls import Reply, ReplyParser, collect, find_tool_format
 from mlx_edge.text.tools.families import FORMATS, find_format
 from mlx_edge.weights.hub import find_model
+from tests.serving.fake_engine import FakeEngine
+from tests.serving.running import running
 from tests.text.test_tool_calls import WRITTEN
 
 pytest.importorskip("llguidance", reason="constraints need the package llguidance")
@@ -367,3 +369,72 @@ def test_a_brace_is_no_certain_call_where_answers_have_a_form(
     pocket: Tokenizer, options: dict[str, Any], is_bound: bool
 ) -> None:
     assert make_grammar(pocket, prompt="", tools=TOOLS, **options).is_bound == is_bound
+
+
+THOUGHT = ["<think>", "I see", " it.", "\n</think>", "<answer>", 'do(action="Back")']
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "content", "thoughts", "is_held"),
+    [
+        ({}, 'I see it.\ndo(action="Back")', None, True),
+        ({"separate_reasoning": True}, 'do(action="Back")', "I see it.", True),
+        ({"response_format": {"type": "text"}}, "".join(THOUGHT), None, False),
+        ({"tools": TOOLS}, "".join(THOUGHT), None, False),
+        ({"response_format": {"type": "regex", "regex": "a"}}, "".join(THOUGHT), None, True),
+    ],
+)
+def test_the_servers_own_grammar(
+    fields: dict[str, Any], content: str, thoughts: str | None, is_held: bool, stream: bool
+) -> None:
+    engine = FakeEngine(THOUGHT)
+    with running(lambda _: engine, defaults={"grammar": "autoglm"}) as server:
+        status, _, body = server.chat(stream=stream, max_tokens=20, **fields)
+    assert status == 200
+    assert (engine.requests[-1].grammar is not None) is is_held
+    if stream:
+        events = [json.loads(line[6:]) for line in body.split("\n\n")[:-2]]
+        deltas = [event["choices"][0]["delta"] for event in events]
+        found = "".join(delta.get("content", "") for delta in deltas)
+        thought = "".join(delta.get("reasoning", "") for delta in deltas)
+    else:
+        message = body["choices"][0]["message"]
+        found, thought = message["content"], message.get("reasoning")
+    assert (found, thought or None) == (content, thoughts)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_marks_of_a_ready_grammar_are_no_text(pocket: Tokenizer, size: int) -> None:
+    marks = make_grammar(pocket, response_format={"type": "grammar", "grammar": "autoglm"}).marks
+    text = '\n<think> a < b </think>\n<answer>\ndo(action="Back")</answer>\n'
+    parser = ReplyParser(pocket, reasoning=marks)
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    reply = collect([e for piece in pieces for e in parser.feed(piece)] + parser.finish())
+    assert (reply.reasoning, reply.content) == ("a < b", 'do(action="Back")')
+
+
+def test_a_server_may_part_the_thoughts_of_its_grammar() -> None:
+    defaults = {"grammar": "autoglm", "separate_reasoning": True}
+    with running(lambda _: FakeEngine(THOUGHT), defaults=defaults) as server:
+        message = server.chat(max_tokens=20)[2]["choices"][0]["message"]
+    assert (message["content"], message["reasoning"]) == ('do(action="Back")', "I see it.")
+
+
+def test_a_ready_grammar_by_its_name(pocket: Tokenizer) -> None:
+    form = {"type": "grammar", "grammar": "autoglm"}
+    plan = make_grammar(pocket, response_format=form)
+    assert accepts(pocket, plan.grammar, 'Go.\ndo(action="Home")')
+    with pytest.raises(InvalidRequestError, match="leave out tools"):
+        make_grammar(pocket, response_format=form, tools=TOOLS)
+    with pytest.raises(InvalidRequestError, match="unknown field 'strict'"):
+        make_grammar(pocket, response_format={**form, "strict": True})
+
+
+@pytest.mark.parametrize("grammar", ["autoglmm", "start: x", "no/such/file.lark"])
+def test_a_default_grammar_that_is_none_is_said_at_the_start(grammar: str) -> None:
+    with (
+        pytest.raises(InvalidRequestError, match="grammar"),
+        running(lambda _: FakeEngine(), defaults={"grammar": grammar}),
+    ):
+        pass

@@ -160,7 +160,9 @@ def _find_llama3(
     All released models have low_freq_factor 1 and high_freq_factor 4; the original context is a power of two.
     """
     factors = factors.astype(mx.float32)
-    is_sound = factors.shape == (head_dim // 2,) and mx.isfinite(factors).all().item()
+    is_sound = (
+        2 * factors.size == head_dim and factors.ndim == 1 and mx.isfinite(factors).all().item()
+    )
     largest = factors.max().item() if is_sound else 0.0
     assert isinstance(largest, float)
     if largest <= 0:

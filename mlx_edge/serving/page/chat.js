@@ -4,6 +4,7 @@
 const element = (id) => document.getElementById(id);
 const talk = element("talk"), question = element("question"), send = element("send"), stop = element("stop");
 let messages = [];
+let pictures = []; // data: URIs that go with the next question
 let running = null; // the AbortController of the answer that is being written
 
 const KEY = "mlx_edge_key";
@@ -173,8 +174,11 @@ async function submit() {
   if (!text || running) return;
   question.value = "";
   grow();
-  addMessage("user", text);
-  messages.push({ role: "user", content: text });
+  const parts = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+  addMessage("user", parts.length ? `${text}\n[${countPictures()}]` : text);
+  messages.push({ role: "user", content: parts.length ? [...parts, { type: "text", text }] : text });
+  pictures = [];
+  showStatus();
   running = new AbortController();
   send.hidden = true;
   stop.hidden = false;
@@ -189,9 +193,31 @@ async function submit() {
 function startAnew() {
   if (running) running.abort();
   messages = [];
+  pictures = [];
+  showStatus();
   talk.querySelectorAll("article").forEach((article) => article.remove());
   element("hint").hidden = false;
   question.focus();
+}
+
+function countPictures() {
+  return `${pictures.length} ${pictures.length === 1 ? "image" : "images"}`;
+}
+
+function showStatus() {
+  const help = "Enter sends, Shift+Enter breaks the line, Escape stops";
+  element("status").textContent = pictures.length ? `${countPictures()} with the next message; New chat drops them` : help;
+}
+
+// Images that are dropped on the page or pasted; the server says which formats and models take them.
+function takePictures(event, data) {
+  const files = [...((data && data.files) || [])].filter((file) => file.type.startsWith("image/"));
+  if (event.type !== "paste" || files.length) event.preventDefault();
+  for (const file of files) {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => { pictures.push(reader.result); showStatus(); });
+    reader.readAsDataURL(file);
+  }
 }
 
 function grow() {
@@ -207,6 +233,9 @@ question.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
 });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running) running.abort(); });
-element("status").textContent = "Enter sends, Shift+Enter breaks the line, Escape stops";
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => takePictures(event, event.dataTransfer));
+document.addEventListener("paste", (event) => takePictures(event, event.clipboardData));
+showStatus();
 showModels().catch((error) => { element("status").textContent = `The server does not answer: ${error.message}`; });
 setInterval(() => { if (!document.hidden && !element("lock").open) showModels().catch(() => {}); }, 10000);

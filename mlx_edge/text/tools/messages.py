@@ -27,9 +27,9 @@ def to_template(
 ) -> list[dict[str, Any]]:
     """The messages for `tokenizer.apply_chat_template`, as copies.
 
-    A `content` of text parts becomes one text, an absent one the empty text. The arguments of calls, which OpenAI
-    gives as JSON text, become objects where the template writes objects as JSON. A message of role "tool" gets the
-    `name` of the function whose `tool_call_id` it answers, if it has none.
+    A `content` of text parts becomes one text, one with images stays, an absent one is the empty text. The arguments
+    of calls, which OpenAI gives as JSON text, become objects where the template writes objects as JSON. A message of
+    role "tool" gets the `name` of the function whose `tool_call_id` it answers, if it has none.
 
     Raises: InvalidRequestError, naming the field, for arguments that are no JSON object and parts that are no text.
     """
@@ -56,11 +56,13 @@ def to_template(
     return written
 
 
-def _join_parts(place: str, content: Any) -> str:
+def _join_parts(place: str, content: Any) -> str | list[dict[str, Any]]:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, Sequence):
         raise InvalidRequestError(f"{place} is no text, expected a string or a list of parts")
+    if any(isinstance(part, Mapping) and part.get("type") == "image" for part in content):
+        return [dict(part) for part in content]  # the template says where an image stands
     texts = []
     for number, part in enumerate(content):
         text = (

@@ -41,7 +41,8 @@ class ReplyReader:
         self._wrappers = form.wrappers if form else ()
         everywhere = reasoning if reasoning and reasoning.is_anywhere else None
         self._thoughts = (everywhere.open,) if everywhere else ()
-        self._dropped = (everywhere.close, *everywhere.dropped) if everywhere else ()
+        self._dropped = reasoning.dropped if reasoning else ()
+        self._dropped += (everywhere.close,) if everywhere else ()
         self._marks = self._openers + self._wrappers + self._thoughts + self._dropped
         self._beside = (
             ""  # blanks and wrappers: content, unless a call or thoughts stand beside them

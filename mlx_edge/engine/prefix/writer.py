@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_edge.engine.prefix_file import (
+from mlx_edge.engine.prefix.file import (
     SUFFIX,
     TEMPORARY_SUFFIX,
     PrefixRecord,

@@ -53,14 +53,31 @@ class Search(Generic[Cache]):
     tokens: bytes
     kind: Hashable
     limit: int  # tokens that may be found
+    images: Sequence[range] = ()  # tokens that are found together or not at all
     caches: list[Cache] | None = None
     num_tokens: int = 0
     refusal: str | None = None  # why an entry that shares more cannot serve
     nearest: str | None = None  # why the entry that shares most does not share more
+    shared: int = 0  # tokens that it shares
+
+    def cut(self, common: int) -> int:
+        """How many of the first `common` tokens may be taken: an image only whole, as its numbers tell it only then."""
+        length = min(common, self.limit)
+        inside = (image.start for image in self.images if image.start < length < image.stop)
+        return next(inside, length)
+
+    def describe(self, common: int, num_tokens: int) -> str:
+        """Why an entry of `num_tokens` tokens, of which `common` are shared, is of no more use."""
+        said, self.shared = describe_nearest(common, num_tokens), max(common, self.shared)
+        for number, image in enumerate(self.images, start=1):
+            if image.start <= common < image.stop:
+                said += f", {'where' if common == image.start else 'within'} image {number}"
+                said += " begins" * (common == image.start)
+        return said
 
     def try_fork(self, caches: Sequence[Cache], common: int) -> bool:
         """Take what an entry shares, if it still can be had."""
-        length = min(common, self.limit)
+        length = self.cut(common)
         try:
             self.caches = [cache.fork(length) for cache in caches]
         except InvalidRequestError as error:

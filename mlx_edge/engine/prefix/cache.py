@@ -13,15 +13,15 @@ from typing import Generic, cast
 
 from mlx_edge.cache import AnyKVCache
 from mlx_edge.cache.lengths import TAIL
-from mlx_edge.engine.prefix_disk import DiskStats, Place, PrefixDisk
-from mlx_edge.engine.prefix_index import (
+from mlx_edge.engine.prefix.disk import DiskStats, Place, PrefixDisk
+from mlx_edge.engine.prefix.index import (
     MIN_TOKENS,
     TOKEN_BYTES,
     LostPrefixes,
     PrefixIndex,
     pack_tokens,
 )
-from mlx_edge.engine.prefix_search import Cache, Found, Search, describe_nearest, first_clause
+from mlx_edge.engine.prefix.search import Cache, Found, Search, first_clause
 from mlx_edge.errors import InvalidRequestError
 
 MIN_SAVED_TOKENS = 128  # shorter entries are computed about as fast as a file is read
@@ -99,12 +99,15 @@ class PrefixCache(Generic[Cache]):
             self._disk.stats if self._disk else None,
         )
 
-    def lookup(self, tokens: Sequence[int], kind: Hashable) -> Found[Cache]:
+    def lookup(
+        self, tokens: Sequence[int], kind: Hashable, images: Sequence[range] = ()
+    ) -> Found[Cache]:
         """The longest beginning of `tokens` that is stored, but for their last token.
 
+        `images` are the places of images, which are found whole or not at all.
         What is on the disk alone is read now, by the thread that calls (`PrefixDisk.load`).
         """
-        search: Search[Cache] = Search(pack_tokens(tokens), kind, len(tokens) - 1)
+        search: Search[Cache] = Search(pack_tokens(tokens), kind, len(tokens) - 1, images)
         if search.limit >= MIN_TOKENS:
             self._search_memory(search)
             if search.num_tokens < search.limit:
@@ -178,8 +181,8 @@ class PrefixCache(Generic[Cache]):
             return
         for common, alike in index.matches(search.tokens):
             if search.nearest is None:
-                search.nearest = describe_nearest(common, alike[-1].num_tokens)
-            if common < MIN_TOKENS:
+                search.nearest = search.describe(common, alike[-1].num_tokens)
+            if search.cut(common) < MIN_TOKENS:
                 return
             for entry in alike[:_MAX_TRIES]:
                 if search.try_fork(entry.caches, common):
@@ -190,10 +193,10 @@ class PrefixCache(Generic[Cache]):
         if self._disk is None:
             return
         for common, stored in list(self._disk.find(search.tokens, search.kind)):
-            length = min(common, search.limit)
+            length = search.cut(common)
             if length < search.num_tokens + MIN_TOKENS:
                 return
-            search.nearest = describe_nearest(common, stored.num_tokens)
+            search.nearest = search.describe(common, stored.num_tokens)
             if stored.is_windowed and stored.num_tokens - length > TAIL:
                 search.refuse(length, "on disk, with a window that has moved on")
                 continue
@@ -215,6 +218,8 @@ class PrefixCache(Generic[Cache]):
             return "the prefix cache is switched off (0 bytes)"
         if search.refusal:
             return search.refusal
+        if search.shared > search.limit:
+            return "the prompt ends in an image, which is read whole"
         if lost := self._lost.find(search.tokens, search.kind, search.num_tokens):
             return f"{lost[0]} tokens or more were computed before, but {lost[1]}"
         if elsewhere := self._find_elsewhere(search):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edge.cache import AnyKVCache, CacheFacts
-from mlx_edge.engine.prefix_file import (
+from mlx_edge.engine.prefix.file import (
     SUFFIX,
     BrokenPrefixError,
     OtherVersionError,
@@ -26,8 +26,8 @@ from mlx_edge.engine.prefix_file import (
     read_head,
     read_planes,
 )
-from mlx_edge.engine.prefix_index import TOKEN_BYTES, PrefixIndex
-from mlx_edge.engine.prefix_writer import PrefixWriter, WriteJob, is_own_name
+from mlx_edge.engine.prefix.index import TOKEN_BYTES, PrefixIndex
+from mlx_edge.engine.prefix.writer import PrefixWriter, WriteJob, is_own_name
 from mlx_edge.errors import InvalidRequestError, MLXEdgeError
 from mlx_edge.models.decoder import Decoder, describe_kernels
 from mlx_edge.models.prompt_cache import (

@@ -5,21 +5,28 @@ prints it, the engine admits requests by it, `bench/memory_plan.py` holds it aga
 kernels every term was measured; for plain MLX ops and for Metal the activations are estimates. Sizes are in bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_edge.cache import MAX_HEAD_DIM, QuantizedRows
-from mlx_edge.engine.budget import largest
-from mlx_edge.engine.kv_sizes import SLICE, ArraySizes, LayerCacheSizes, PagedSizes, RowSizes
-from mlx_edge.engine.machine import private_bytes
+from mlx_edge.engine.memory.budget import largest
+from mlx_edge.engine.memory.kv_sizes import SLICE, ArraySizes, LayerCacheSizes, PagedSizes, RowSizes
+from mlx_edge.engine.memory.machine import private_bytes
+from mlx_edge.engine.memory.vision_sizes import VisionSizes
+from mlx_edge.engine.memory.weight_sizes import Backend, WeightSizes, measure_weights
 from mlx_edge.engine.scheduler import SMALL_STEP
-from mlx_edge.engine.weight_sizes import Backend, WeightSizes, measure_weights
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import KEPT_PREFIX, Decoder
+from mlx_edge.models.tensors import find_prefix, stored_name
+from mlx_edge.models.vision.assembly import find_prefix as find_vision
+from mlx_edge.models.vision.assembly import read_processor
+from mlx_edge.models.vision.prompt import ImagePrompt
 from mlx_edge.ops import uses_cpu_kernels, uses_metal_kernels
-from mlx_edge.ops.reference import SCORE_ELEMENTS
+from mlx_edge.ops.reference_attention import SCORE_ELEMENTS
 from mlx_edge.runtime import has_gpu
 from mlx_edge.weights import Checkpoint
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
@@ -77,6 +84,7 @@ class MemoryModel:
     base_bytes: int = 0  # the process without weights: interpreter, MLX, tokenizer
     base_peak_bytes: int = 0  # the most that it took on the way there
     draft: "MemoryModel | None" = None
+    vision: VisionSizes | None = None
 
     @classmethod
     def of(
@@ -124,8 +132,12 @@ class MemoryModel:
                 use_mmap=use_mmap,
                 can_keep_pack=can_keep_pack,
             )
-            norm = checkpoint.entry(f"{config.family.final_norm}.weight")
+            prefix = find_prefix(checkpoint.names(), config.family.embedding)
+            norm = checkpoint.entry(f"{stored_name(config.family.final_norm, prefix)}.weight")
             element_bytes = ELEMENT_TYPES[norm.dtype].size
+            vision = _measure_vision(
+                checkpoint, config, backend, use_mmap=use_mmap, can_keep_pack=can_keep_pack
+            )
         groups = {
             p.group_size
             for p in (config.quantization.default, *config.quantization.exceptions.values())
@@ -135,7 +147,7 @@ class MemoryModel:
         layers = _cache_sizes(
             config, options, backend, is_paged=is_paged, element_bytes=element_bytes
         )
-        return cls(backend, config, options, weights, layers, tuple(sorted(groups)))
+        return cls(backend, config, options, weights, layers, tuple(sorted(groups)), vision=vision)
 
     def with_base(self, base_bytes: int, peak_bytes: int = 0) -> "MemoryModel":
         """The same in a process that holds so much before the weights come."""
@@ -176,6 +188,22 @@ class MemoryModel:
         own = logits + inner
         return max(own, self.draft.step_bytes(rows, logit_rows, context)) if self.draft else own
 
+    def image_bytes(self, images: ImagePrompt | None) -> tuple[int, int]:
+        """What a prompt's images take as features, and what until they are encoded, beyond a step's activations."""
+        if self.vision is None or images is None:
+            return 0, 0
+        counts = [prod(span.patches.grid) for span in images.spans]
+        return self.features_and_encoding(counts)
+
+    def features_and_encoding(self, images: Sequence[int]) -> tuple[int, int]:
+        """The same for images of so many patches each; steps and the tower never run at the same time."""
+        assert self.vision is not None
+        features = sum(map(self.vision.feature_bytes, images))
+        batch = self.options.max_batch_size
+        step = self.step_bytes(self.options.prefill_chunk + batch, batch)
+        encoding = self.vision.encoding_bytes(images)
+        return features, max(features, encoding - step)
+
     def largest_rows(self, free: int, logit_rows: int) -> int:
         """The longest step, at most `prefill_chunk` prompt tokens beside `logit_rows`, that fits into `free`."""
         most = self.options.prefill_chunk + logit_rows
@@ -200,7 +228,10 @@ class MemoryModel:
         batch = self.options.max_batch_size
         step = self.step_bytes(self.options.prefill_chunk + batch, batch)
         weights = self.weights_bytes + self.mapped_bytes
-        return {"weights": weights, "activations": step, "program": self.base_bytes}
+        held = {"weights": weights, "activations": step, "program": self.base_bytes}
+        if self.vision is not None:
+            held["waiting images"] = self.vision.room_bytes
+        return held
 
     def _kernel_bytes(self, rows: int) -> int:
         """The CPU kernels' outputs in MLX's memory, and their scratch memory, which has at most a slice of rows."""
@@ -213,10 +244,19 @@ class MemoryModel:
             outputs += rows * row * min(num_outputs, SPARE_BYTES // (rows * row))
         return outputs + min(rows, SLICE) * self._scratch_per_row() + MLX_CACHE_BYTES
 
+    @property
+    def _inner_size(self) -> int:
+        """Elements between the two halves of a feed-forward layer, of all experts that a row goes through."""
+        config, experts = self.config, self.config.experts
+        if experts is None:
+            return config.intermediate_size
+        chosen = experts.top_k * experts.inner_size
+        return chosen if all(experts.layers) else max(chosen, config.intermediate_size)
+
     def _scratch_per_row(self) -> int:
         config = self.config
         query, key = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner = config.hidden_size, self._inner_size
         floats = hidden + (query + 2 * key) + query + 2 * inner + config.head_dim
         codes = sum(
             size + 8 * size // group
@@ -230,7 +270,7 @@ class MemoryModel:
         config = self.config
         element = 4 if self.backend == "plain" else 2
         query, key = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        widest = max(4 * config.intermediate_size, 3 * query + 4 * key)
+        widest = max(4 * self._inner_size, 3 * query + 4 * key)
         scores = (
             min(rows * config.num_heads * context, SCORE_ELEMENTS) if self.backend == "plain" else 0
         )
@@ -253,6 +293,17 @@ def backend_here() -> Backend:
     if uses_metal_kernels():
         return "metal"
     return "cpu" if uses_cpu_kernels() else "plain"
+
+
+def _measure_vision(
+    checkpoint: Checkpoint, config: ModelConfig, backend: Backend, **how: bool
+) -> VisionSizes | None:
+    if config.vision is None:
+        return None
+    prefix = find_vision(checkpoint.names())
+    weights = measure_weights(checkpoint, config, backend, prefix=prefix, **how)
+    processor = read_processor(checkpoint.folder, config.vision)
+    return VisionSizes(config.vision, processor, weights, backend)
 
 
 def _how_loaded(model: Decoder) -> dict[str, Any]:

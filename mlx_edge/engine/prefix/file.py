@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_edge.engine.prefix_index import TOKEN_BYTES
+from mlx_edge.engine.prefix.index import TOKEN_BYTES
 from mlx_edge.weights import TensorEntry
 from mlx_edge.weights.dtypes import ELEMENT_TYPES
 from mlx_edge.weights.writer import sync_folder
