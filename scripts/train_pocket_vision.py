@@ -33,7 +33,14 @@ class Recipe:
     """How the model is trained."""
 
     screens: int = 8
-    schedule: tuple[tuple[int, float], ...] = ((0, 0.02), (40, 1.0), (1350, 1.0), (1400, 0.5), (2200, 0.5), (3000, 0.005))
+    schedule: tuple[tuple[int, float], ...] = (
+        (0, 0.02),
+        (40, 1.0),
+        (1350, 1.0),
+        (1400, 0.5),
+        (2200, 0.5),
+        (3350, 0.003),
+    )
     """Step and scale of the learning rates; straight lines between."""
     matrix_lr: float = 0.02
     other_lr: float = 3e-3

@@ -29,6 +29,7 @@ from mlx_edge.conversion.plan import Packings
 from mlx_edge.conversion.request import Bars, Request, TextRequest
 from mlx_edge.errors import InvalidRequestError, UnsupportedModelError
 from mlx_edge.models.config import ModelConfig
+from mlx_edge.models.tensors import find_prefix
 from mlx_edge.text import load_tokenizer
 from mlx_edge.weights import Checkpoint
 from mlx_edge.weights.writer import replacing
@@ -75,7 +76,7 @@ def allocate_bits(
     The table of damages is read from the file of the request, or from `kept`, where an earlier run left it; else it is
     measured. Afterwards it is in `kept`.
     """
-    _refuse_family(model.config, "measuring layers")
+    _refuse_family(model, "measuring layers")
     given = request.sensitivities
     known = next((p for p in (given, kept) if p is not None and p.is_file()), None)
     if known is not None:
@@ -121,7 +122,7 @@ def calibrate(
 
     Raises: UnsupportedModelError for a family whose tensors are not those of its linears.
     """
-    _refuse_family(model.config, request.method)
+    _refuse_family(model, request.method)
     module = import_module(f"mlx_edge.calibration.{request.method}")
     method = getattr(module, f"quantize_{request.method}")
     on_progress = bars(f"Calibrating ({request.method})", "it")
@@ -131,14 +132,16 @@ def calibrate(
     return stored
 
 
-def _refuse_family(config: ModelConfig, method: str) -> None:
+def _refuse_family(model: LayerwiseModel, method: str) -> None:
     """Methods that fold scales into norms and write matrices one by one know families that have both."""
-    family = config.family
+    family = model.config.family
+    prefix, _ = find_prefix(model.checkpoint.names(), family.embedding)
     found = {
         "fused projections": family.fused_qkv or family.fused_gate_up,
         "experts": family.experts,
         "norms of 1 + weight": family.has_norm_offset,
         "blocks without a norm before them": family.attention_norm is None,
+        f"tensors named {prefix}*": not family.embedding.startswith(prefix),
     }
     for what, is_so in found.items():
         if is_so:
@@ -154,7 +157,7 @@ def fix_inputs(
 
     Those keep floats: a few of their inputs are a hundred times the others, and one fixed step loses the rest.
     """
-    _refuse_family(model.config, "fixing inputs")
+    _refuse_family(model, "fixing inputs")
     family = model.config.family
     scales = static_scales(model, rows, on_progress=on_progress)
     table = family.embedding if family.head not in packings else family.head

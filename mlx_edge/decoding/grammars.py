@@ -5,7 +5,8 @@ and phone_agent/actions/handler.py). Thoughts, as the model likes, then one acti
 reply ends. The agent cuts a reply at the first `finish(message=` or else `do(action=`, so the first of them begins the
 action here, and no text inside an action holds `finish(message=`. It slices the text of Type and finish out as it
 stands, quotes included, and ends it before the last `")`; it parses all else as Python, so strings there have
-Python's escapes and numbers no leading zeros. Coordinates are thousandths of the screen, 0 to 999.
+Python's escapes and numbers no leading zeros. Coordinates are thousandths of the screen, 0 to 999. Nor does a text
+hold `<answer>` or `<think>`, or their ends: the server takes these marks out of a reply wherever they stand.
 
 Narrower than the agent's parser, which takes whatever Python does: the spellings are those of its own prompts, with
 double quotes and that order of arguments. Knows no model and no sampling.
@@ -29,6 +30,7 @@ DO: /(?s:.*)do\(action=/ & ~ANY_FINISH
 FINISH: /(?s:.*)finish\(message=/ & ~/(?s:.*)do\(action=(?s:.*)/
 THOUGHTS: /(?s:.*)/ & ~ANY_FINISH & ~/(?s:.*)do\(action=(?s:.*)/
 ANY_FINISH: /(?s:.*)finish\(message=(?s:.*)/
+ANY_MARK: /(?s:.*)<\/?(answer|think)>(?s:.*)/
 action: launch | tap | press | type | swipe | key | wait | ask | note | call
 launch: "\"Launch\"" COMMA "app=" NAME ")"
 tap: "\"Tap\"" COMMA "element=" POINT (COMMA "message=" STRING)? ")"
@@ -43,9 +45,9 @@ call: "\"Call_API\"" (COMMA "instruction=" STRING)? ")"
 COMMA: /, ?/
 POINT: /\[(0|[1-9][0-9]{{0,2}}), ?(0|[1-9][0-9]{{0,2}})\]/
 DURATION: /"(0|[1-9][0-9]{{0,2}})(\.[0-9])? ?(seconds)?"/
-NAME: /"[^"\\\x00-\x1f\x7f]{{1,100}}"/ & ~ANY_FINISH
-STRING: /"([^"\\\x00-\x1f\x7f]|\\["'\\nt])*"/ & ~ANY_FINISH
-SLICED: /"([^"\x00-\x08\x0b-\x1f\x7f]|"+[^"),\x00-\x08\x0b-\x1f\x7f])*"+\)/ & ~ANY_FINISH
+NAME: /"[^"\\\x00-\x1f\x7f]{{1,100}}"/ & ~ANY_FINISH & ~ANY_MARK
+STRING: /"([^"\\\x00-\x1f\x7f]|\\["'\\nt])*"/ & ~ANY_FINISH & ~ANY_MARK
+SLICED: /"([^"\x00-\x08\x0b-\x1f\x7f]|"+[^"),\x00-\x08\x0b-\x1f\x7f])*"+\)/ & ~ANY_FINISH & ~ANY_MARK
 """
 GRAMMARS: Mapping[str, str] = MappingProxyType({"autoglm": _AUTOGLM})  # name -> Lark source
 # What the model may write before an action, in this order; where these are special tokens, they are no text.

@@ -13,6 +13,7 @@ from mlx_edge.decoding.stream import (
     generate,
     stream_generate,
 )
+from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.interface import check_reads_images
 from mlx_edge.models.load import load
 
@@ -86,6 +87,10 @@ class MultimodalGenerator:
         variables: Mapping[str, Any],
     ) -> list[int]:
         if not self.tokenizer.has_chat_template:
+            if system_prompt is not None or variables:
+                raise InvalidRequestError(
+                    "system_prompt and template_variables need a chat template, and this tokenizer has none"
+                )
             return encode_text(self.tokenizer, prompt)
         messages = [write_user_turn(prompt, num_images)]
         if system_prompt is not None:

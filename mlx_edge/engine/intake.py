@@ -52,7 +52,7 @@ def prepare(request: Request, served: Served, room: PatchRoom | None = None) -> 
         room.wait()
     tokens = _encode(request, served)
     images = place_request_images(
-        request, tokens, served.model, served.context_size, served.config.max_pixels
+        request, tokens, served.model, served.context_size, served.config.max_pixels, room
     )
     if images is not None:
         tokens = tuple(images.tokens)

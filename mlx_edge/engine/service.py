@@ -6,6 +6,7 @@ Knows no other threads: `worker.py` brings the requests, sinks take the answers.
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,10 +41,15 @@ class Service:
         self._recorder, self._on_end = recorder, on_end
         self._images = ImageStage(served)
         self._tasks: dict[int, Task] = {}
+        self._preparing: dict[int, Task] = {}  # those that the scheduler does not know yet
 
     def add(self, task: Task) -> None:
         """A task is there; it is still to be prepared."""
-        self._tasks[task.key] = task
+        self._tasks[task.key] = self._preparing[task.key] = task
+
+    def is_wanted(self, task: Task) -> bool:
+        """Whether it has not ended. From any thread."""
+        return task.key in self._tasks
 
     def enter(self, task: Task, result: Prepared | Exception) -> None:
         """A prepared request waits from now on."""
@@ -54,6 +60,7 @@ class Service:
         if task.key not in self._tasks:
             result.release()
             return
+        del self._preparing[task.key]
         task.prepared = result
         request = task.request
         job = Job(
@@ -63,16 +70,17 @@ class Service:
             task.submitted,
             request.priority,
             request.client,
+            task.deadline,
         )
-        if request.deadline_s is not None:
-            job.deadline = task.submitted + request.deadline_s
         self.scheduler.add(job, time.monotonic())
 
     def advance(self) -> bool:
         """Admit who may run, and run a step; False when there was nothing to run."""
         scheduler, now = self.scheduler, time.monotonic()
-        for job in scheduler.expire(now):
-            self.cut(job.key, "deadline")
+        expired = [job.key for job in scheduler.expire(now)]
+        expired += [key for key, task in self._preparing.items() if task.deadline <= now]
+        for key in expired:
+            self.cut(key, "deadline")
         if scheduler.company_s(now):
             return False
         for job in scheduler.admit(now):
@@ -87,6 +95,11 @@ class Service:
     def is_idle(self) -> bool:
         """Whether nothing runs and nothing waits; requests may still be in preparation."""
         return not (self.scheduler.num_running or self.scheduler.num_waiting)
+
+    def deadline_s(self, now: float) -> float | None:
+        """How long until a request in preparation has to end; None where none has to."""
+        nearest = min((task.deadline for task in self._preparing.values()), default=math.inf)
+        return max(0.0, nearest - now) if nearest < math.inf else None
 
     def caches(self) -> Iterator[Any]:
         """The caches of all layers of all sequences that run."""
@@ -288,6 +301,7 @@ class Service:
 
     def _release(self, task: Task) -> None:
         del self._tasks[task.key]
+        self._preparing.pop(task.key, None)
         if task.prepared is not None:
             task.prepared.release()
         self._on_end()

@@ -1,5 +1,6 @@
 """A request inside the engine: what is known of it, from its arrival to its end."""
 
+import math
 from dataclasses import dataclass
 
 from mlx_edge.engine.delivery import Sink
@@ -19,3 +20,9 @@ class Task:
     submitted: float
     prepared: Prepared | None = None  # None while it is prepared
     sequence: Sequence | None = None  # None until it is admitted
+
+    @property
+    def deadline(self) -> float:
+        """When it ends with what there is."""
+        limit = self.request.deadline_s
+        return math.inf if limit is None else self.submitted + limit

@@ -133,7 +133,7 @@ class Worker:
         while prefixes is not None and self._inbox.empty():  # time to write them to the disk
             if not prefixes.save_some():
                 break
-        return None
+        return service.deadline_s(time.monotonic())
 
     def _is_done(self) -> bool:
         return self._must_stop or (self._is_closing and not self._num_open)
@@ -183,6 +183,8 @@ class Worker:
 
     def _prepare_aside(self, task: Task, service: Service) -> None:
         """In the pool's thread."""
+        if not service.is_wanted(task):
+            return
         result = _prepare(task.request, service.served, self._room)
         self._inbox.put(lambda: service.enter(task, result))
 

@@ -129,7 +129,7 @@ def _find_text(fields: Fields, family: Family) -> Fields:
         return Fields(outer, fields.name)
     inner = fields.nested("text_config")
     given = {} if inner is None else {k: v for k, v in inner.raw.items() if k != "model_type"}
-    # Old files say inside that the head is tied, new ones outside; either may repeat the default.
+    # Old files say inside that the head is tied, new ones outside; either may repeat its own default.
     ties = [raw.get("tie_word_embeddings") for raw in (given, outer)]
     text = Fields({**outer, **given, "tie_word_embeddings": _find_tie(ties)}, fields.name)
     text.unread -= {"text_config", *VISION_KEYS}
@@ -137,8 +137,10 @@ def _find_text(fields: Fields, family: Family) -> Fields:
 
 
 def _find_tie(ties: list[Any]) -> Any:
+    """What both say, or the one that speaks; None where they contradict each other: then the files tell."""
     said = [tie for tie in ties if tie is not None]
-    return next((tie for tie in said if tie is not False), said[0] if said else None)
+    contradict = any(tie is True for tie in said) and any(tie is False for tie in said)
+    return None if contradict or not said else said[0]
 
 
 def _read_heads(fields: Fields, hidden_size: int) -> tuple[int, int, int]:

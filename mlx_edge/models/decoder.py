@@ -151,6 +151,8 @@ class Decoder:
     ) -> None:
         """Compute the features of all images of which tokens stand in these positions, unless they are there.
 
+        Without a `length` these are all positions from `begin` on.
+
         A step does it by itself; this is for whoever wants to choose the moment. In the model's thread.
 
         Raises: InvalidRequestError for a model of text alone.
@@ -159,7 +161,9 @@ class Decoder:
         assert self.vision is not None
         from mlx_edge.models.vision.prompt import encode_images
 
-        encode_images(self.vision, images, begin, len(images.tokens) if length is None else length)
+        if length is None:
+            length = max(0, *(span.end - begin for span in images.spans), 0)
+        encode_images(self.vision, images, begin, length)
 
     @property
     def row_exactness(self) -> str | None:

@@ -246,10 +246,12 @@ def _rows_of(checkpoint: Checkpoint, name: str, first: int, end: int) -> bytes |
 
 
 def _bytes_of(array: mx.array) -> Any:
+    """The array's own bytes; a copy where the kernels could not read words in them."""
     import numpy as np  # slow to import, and not needed for a checkpoint
 
     flat = mx.contiguous(array).reshape(-1)
-    return np.array(flat.view(mx.uint8))
+    view = np.array(flat.view(mx.uint8), copy=False)  # keeps the array alive
+    return view if view.ctypes.data % 4 == 0 else view.copy()
 
 
 def _restore(

@@ -57,6 +57,8 @@ GOOD = [
     'finish(message="Done: "do(action=" was the last")',
 ]
 BAD = [
+    'do(action="Type", text="</answer>")',
+    'finish(message="a <think> b")',
     "",
     "I would tap.",
     "do()",

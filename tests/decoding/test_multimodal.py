@@ -153,6 +153,15 @@ def test_a_template_without_a_place_for_images(
     assert said in error and error.count("\n") == 1
 
 
+def test_without_a_template_nothing_of_it_is_taken(tmp_path: Path) -> None:
+    generator = MultimodalGenerator(str(write_tokenizer(write_model("glm4v", tmp_path), None)))
+    image = draw_picture(1, 16, 16)
+    assert generator.generate(ONE_PLACE, [image], max_tokens=2)
+    for option in ({"system_prompt": "be brief"}, {"template_variables": {"a": 1}}):
+        with pytest.raises(InvalidRequestError, match="need a chat template"):
+            generator.generate(ONE_PLACE, [image], **option)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -16,8 +16,9 @@ from mlx_edge.decoding.stream import stream_generate
 from mlx_edge.engine import service as service_module
 from mlx_edge.engine.blocking import BlockingEngine
 from mlx_edge.engine.config import EngineConfig
+from mlx_edge.engine.images import intake as intake_module
 from mlx_edge.engine.images.features import ImageFeatures
-from mlx_edge.engine.images.intake import PatchRoom
+from mlx_edge.engine.images.intake import PatchRoom, place_request_images
 from mlx_edge.engine.ledger import FEATURES, PREFIXES
 from mlx_edge.engine.memory.model import MemoryModel
 from mlx_edge.engine.memory.vision_sizes import VisionSizes
@@ -26,6 +27,7 @@ from mlx_edge.engine.step import run_step
 from mlx_edge.errors import InvalidRequestError, MemoryBudgetError
 from mlx_edge.models.decoder import Decoder
 from mlx_edge.models.load import load_model
+from mlx_edge.models.vision.image import read_image
 from mlx_edge.models.vision.processor import Patches
 from mlx_edge.models.vision.prompt import ImagePrompt, ImageSpan
 from mlx_edge.models.vision.tower import VisionTower
@@ -358,7 +360,7 @@ def test_what_an_image_needs_beyond_the_budget_is_refused(seeing: Seeing) -> Non
         assert needs.begin == needs.encoded == needs.read > 0
         budget.total = sum(budget.standing.values()) + needs.begin + 200_000
         assert engine.generate(ask(model, 100, max_tokens=10)).tokens
-        with pytest.raises(MemoryBudgetError, match="images"):
+        with pytest.raises(MemoryBudgetError, match=r"images .* lower max_pixels"):
             engine.generate(ask(model, 50, draw(1, (300, 300)), max_tokens=10))
 
 
@@ -418,6 +420,59 @@ def test_who_finds_no_room_for_patches_waits() -> None:
     room.close()
     room.wait()  # nobody waits for a room that is closed
     thread.join()
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[bytes], threading.Event]]:
+    """The files that were decoded, and what each of them waits for."""
+    seen: list[bytes] = []
+    may_go = threading.Event()
+
+    def wait(data: bytes, name: str) -> Any:
+        seen.append(data)
+        assert may_go.wait(30)
+        return read_image(data, name)
+
+    monkeypatch.setattr(intake_module, "read_image", wait)
+    yield seen, may_go
+    may_go.set()
+
+
+def test_a_file_whose_patches_are_there_is_not_decoded_again(
+    seeing: Seeing, decoding: tuple[list[bytes], threading.Event]
+) -> None:
+    model, _ = seeing
+    seen, may_go = decoding
+    may_go.set()
+    room, data = PatchRoom(1 << 20), draw(1)
+    request = ask(model, 3, data, 3, data)
+
+    def place(request: Request) -> ImagePrompt | None:
+        return place_request_images(request, tuple(request.prompt), model, 400, None, room)  # type: ignore[arg-type]
+
+    made = [place(request) for _ in range(2)]
+    assert seen == [data]
+    place(ask(model, 3, data, max_pixels=256))
+    assert len(seen) == 2
+    made.clear()
+    assert not room.patches
+
+
+def test_who_ends_while_images_are_decoded_is_told_at_once_and_not_decoded(
+    engine: BlockingEngine, seeing: Seeing, decoding: tuple[list[bytes], threading.Event]
+) -> None:
+    model, _ = seeing
+    seen, may_go = decoding
+    first = engine.enqueue(ask(model, 3, draw(1)))
+    late = engine.enqueue(ask(model, 3, draw(2), deadline_s=0.01))
+    given_up = engine.enqueue(ask(model, 3, draw(3)))
+    given_up.cancel()
+    assert late.result(20).finish_reason == "deadline"  # nothing runs, and nothing else comes
+    assert not first.done()
+    may_go.set()
+    assert first.result(60).tokens
+    assert engine.generate(ask(model, 3, draw(4))).tokens
+    assert seen == [draw(1), draw(4)]
 
 
 def test_memory_knows_towers_and_images(seeing: Seeing) -> None:

@@ -240,6 +240,9 @@ def test_a_nested_text_part_says_what_the_whole_does_not() -> None:
     untied = {**saved, "tie_word_embeddings": False}
     untied["text_config"] = {**saved["text_config"], "tie_word_embeddings": False}
     assert ModelConfig.from_hf(untied).is_tied is False
+    assert (
+        ModelConfig.from_hf({**untied, "tie_word_embeddings": True}).is_tied is None
+    )  # the files tell
     with pytest.raises(UnsupportedModelError, match="surprise = 1"):
         ModelConfig.from_hf({**saved, "text_config": {**saved["text_config"], "surprise": 1}})
 

@@ -16,6 +16,7 @@ from mlx_edge import ops, stream_generate
 from mlx_edge.errors import InvalidRequestError, ModelFormatError
 from mlx_edge.models.decoder import Decoder, describe_kernels
 from mlx_edge.models.load import load, load_model
+from mlx_edge.models.packing import _bytes_of
 from mlx_edge.ops import cpu
 from mlx_edge.weights.hub import find_model
 from tests.models.tiny import CONFIGS, make_model, save_model
@@ -87,6 +88,17 @@ def test_stored_weights_come_back_as_they_were(folder: Path) -> None:
         assert np.array_equal(np.array(ops.linear(x, weight)), wanted)
     found = np.array(ops.linear(x, weight))
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@needs_kernels
+def test_a_float_weight_at_hand_is_used_where_it_lies() -> None:
+    memory = _bytes_of(weight := mx.arange(8).astype(mx.bfloat16))
+    again = _bytes_of(weight)
+    assert memory.ctypes.data == again.ctypes.data
+    del weight
+    assert memory.view(np.uint16).tolist() == again.view(np.uint16).tolist()
+    odd = _bytes_of(mx.arange(9).astype(mx.bfloat16)[1:])  # two bytes behind a word
+    assert odd.ctypes.data % 4 == 0 and odd.view(np.uint16)[0] == memory.view(np.uint16)[1]
 
 
 @needs_kernels

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 from mlx_edge.engine.request import Request
 from mlx_edge.errors import InvalidRequestError
@@ -24,10 +25,11 @@ def place_request_images(
     model: LanguageModel[Any],
     context_size: int,
     max_pixels: int | None = None,
+    room: "PatchRoom | None" = None,
 ) -> ImagePrompt | None:
     """The prompt with the request's images in their places; None for one of text alone.
 
-    `max_pixels` is the engine's limit beside the request's own.
+    `max_pixels` is the engine's limit beside the request's own. What is in the `room` already is not made again.
 
     Raises: InvalidRequestError for an image that cannot be read, for more or fewer images than places, for a prompt
     that is then longer than the context, and for a model without a tower.
@@ -37,11 +39,16 @@ def place_request_images(
     if tower is None or not (request.images or tower.config.image_token_id in tokens):
         return None
     limits = [limit for limit in (request.max_pixels, max_pixels) if limit is not None]
+    limit = min(limits, default=None)
+    known = WeakValueDictionary() if room is None else room.patches
     patches: list[Patches] = []
     num_tokens = len(tokens)
     for number, data in enumerate(request.images, start=1):
-        image = read_image(data, f"image {number}")
-        patches.append(make_patches(image, tower.processor, min(limits, default=None)))
+        made = known.get((data, limit))
+        if made is None:
+            made = make_patches(read_image(data, f"image {number}"), tower.processor, limit)
+            known[data, limit] = made
+        patches.append(made)
         num_tokens += patches[-1].num_tokens - 1
         if num_tokens > context_size:  # before more of them are made
             raise InvalidRequestError(
@@ -55,6 +62,8 @@ class PatchRoom:
     """Room for the patches of requests that are not encoded yet, `limit_bytes` and the last request's beyond them."""
 
     def __init__(self, limit_bytes: int) -> None:
+        # By file and max_pixels: choices of one request, and an image shown twice, have the same.
+        self.patches: WeakValueDictionary[tuple[bytes, int | None], Patches] = WeakValueDictionary()
         self._limit_bytes = limit_bytes
         self._held = 0
         self._is_closed = False

@@ -97,6 +97,8 @@ def refuse(
         if largest_max_tokens
         else "shorten the prompt, store keys and values in fewer bits (kv_bits), or raise the budget"
     )
+    if parts.get("images"):
+        advice = f"send fewer images or lower max_pixels, {advice}"
     return MemoryBudgetError(
         f"the request needs {format_size(needed)} ({describe_parts({**budget.standing, **parts})}), "
         f"the budget is {format_size(budget.total)}; {advice}"

@@ -6,7 +6,6 @@ Arithmetic from the sizes of a tower; nothing is loaded. For the CPU kernels the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from mlx_edge.engine.memory.weight_sizes import Backend, WeightSizes
 from mlx_edge.models.vision.config import VisionConfig
@@ -39,12 +38,6 @@ class VisionSizes:
         """The patches of the largest image that the tower's processor, or `max_pixels`, lets pass."""
         height, width = resized_size(SIDE, SIDE, self.processor, max_pixels)
         return height * width // self.config.patch_size**2
-
-    def count_patches(self, height: int, width: int, max_pixels: int | None = None) -> int:
-        """The patches of an image of so many pixels."""
-        return prod(resized_size(height, width, self.processor, max_pixels)) // (
-            self.config.patch_size**2
-        )
 
     def count_tokens(self, patches: int) -> int:
         """The tokens that they are in a prompt."""

@@ -60,7 +60,7 @@ class VisionConfig:
 def read_vision(fields: Fields, neutral: Set[str]) -> VisionConfig | None:
     """The vision side of a whole model's `config.json`; None for one that has none, or one that is not run here.
 
-    Reads `vision_config` and the tokens that stand for images and video. `neutral` are keys that change nothing.
+    Reads `vision_config` and the token that stands for images. `neutral` are keys that change nothing.
 
     Raises: ModelFormatError for what is missing or does not fit, UnsupportedModelError for an unknown key.
     """
@@ -68,9 +68,6 @@ def read_vision(fields: Fields, neutral: Set[str]) -> VisionConfig | None:
     vision = None if read is None else fields.nested("vision_config")
     if read is None or vision is None:
         return None
-    for name in ("image_start", "image_end", "video_start", "video_end", "vision_start"):
-        fields.unread.discard(f"{name}_token_id")  # the chat template writes them
-    fields.unread -= {"vision_end_token_id", "vision_token_id", "video_token_id"}
     config = read(vision, fields.integer("image_token_id", low=0, high=1 << 24))
     if vision.string("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModelError(

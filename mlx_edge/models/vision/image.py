@@ -10,7 +10,9 @@ import binascii
 import io
 import re
 import struct
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +34,8 @@ MAX_SCANS = 500  # of a progressive JPEG; each is a pass over all pixels, ten ar
 HEADER_READS = (
     8192  # Pillow reads a header piece by piece; some of its joins are quadratic in the pieces
 )
+LARGE_PIXELS = 1 << 23  # larger ones are decoded one at a time, in whichever threads
+_LARGE_DECODING = threading.Lock()
 BAND_PIXELS = 1 << 20  # converted at a time, so that a conversion costs a band and not an image
 
 FORMATS = ("PNG", "JPEG", "WebP", "GIF", "BMP")
@@ -175,10 +179,11 @@ def _decode(data: bytes, kind: str, name: str) -> NDArray[np.uint8]:
         # A block of 64 pixels takes at least a bit; libjpeg paints missing ones grey and says nothing.
         raise ValueError("its pixels are missing")
     file.num_left += len(data) // 128
-    image.load()
-    upright = _UPRIGHT.get(_orientation(image.info.get("exif")))
-    pixels = _to_rgb(image)
-    return pixels if upright is None else np.ascontiguousarray(upright(pixels))
+    with _LARGE_DECODING if image.width * image.height > LARGE_PIXELS else nullcontext():
+        image.load()
+        upright = _UPRIGHT.get(_orientation(image.info.get("exif")))
+        pixels = _to_rgb(image)
+        return pixels if upright is None else np.ascontiguousarray(upright(pixels))
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -272,15 +277,17 @@ def _gif_size(data: bytes) -> tuple[int, int]:
     """The canvas that holds the screen and the first frame: Pillow may fill it while it reads the header."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
+    is_inside = False  # an extension: pieces that each begin with their length, up to one of none
     for _ in range(HEADER_READS):
-        if data[at] == ord(","):
+        if is_inside:
+            is_inside = data[at] > 0
+            at += 1 + data[at]
+        elif data[at] == ord(","):
             left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, at + 1)
             return max(width, left + frame_width), max(height, top + frame_height)
-        if data[at] == ord("!"):
-            at += 2
-            while data[at]:
-                at += 1 + data[at]
-        at += 1
+        else:
+            is_inside = data[at] == ord("!")
+            at += 2 if is_inside else 1
     raise ValueError("it is in too many pieces")
 
 

@@ -81,9 +81,7 @@ class ImagePrompt:
     def turns(self, begin: int, length: int) -> NDArray[np.int32]:
         """(3, length): to what RoPE turns these positions of the prompt and of what follows it, on each axis."""
         turns = np.tile(np.arange(begin, begin + length), (3, 1)) + self.shift_at(begin)
-        for span in self.spans:
-            if span.end <= begin or begin + length <= span.start:
-                continue
+        for span in self.spans_in(begin, length):
             first, last = max(span.start, begin), min(span.end, begin + length)
             own = span.turns()[:, first - span.start : last - span.start]
             turns[:, first - begin : last - begin] = own
@@ -169,7 +167,12 @@ def turn_step(meta: StepMeta, images: Sequence[ImagePrompt | None]) -> StepMeta:
     parts = list(zip(images, meta.starts, meta.lengths, strict=True))
     if any(own is not None and own.in_step(begin, length) for own, begin, length in parts):
         plain = ImagePrompt([], ())
-        turns = [(own or plain).turns(begin, length) for own, begin, length in parts]
+        # Without `is_ragged` every row is as wide as the step: padding has turns too, and nobody reads them.
+        widths = meta.lengths if meta.is_ragged else (meta.width,) * len(parts)
+        turns = [
+            (own or plain).turns(begin, width)
+            for (own, begin, _), width in zip(parts, widths, strict=True)
+        ]
         return replace(meta, axes=mx.array(np.concatenate(turns, axis=1)[:, None]))
     shifts = tuple(0 if own is None else own.shift_at(begin) for own, begin, _ in parts)
     return replace(meta, shifts=shifts) if any(shifts) else meta

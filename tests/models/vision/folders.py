@@ -88,7 +88,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>")
 MARKS = ("<|image|>", "<|video|>", "<image>", "</image>", "<user>", "<assistant>")
 
 
-def write_tokenizer(folder: Path, template: str = TEMPLATE) -> Path:
+def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
     """Add a tokenizer of single letters, with the tokens of images, and a chat template."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?"
     pieces = [*SPECIAL, *letters, "Ġ", *MARKS]

@@ -233,6 +233,7 @@ def costly_files() -> dict[str, bytes]:
         "jpeg exif": jpeg(8, segment(table)),
         "jpeg scans": scans[:last] + scans[last:-2] * 600 + scans[-2:],
         "gif comment": gif(4, 4, b"!\xfe" + (b"\xff" + bytes(255)) * 20_000 + b"\0"),
+        "gif pieces": gif(4, 4, b"!\xfe" + b"\1\1" * 20_000 + b"\0"),
     }
 
 

@@ -1,6 +1,7 @@
 """Models that see, text and images together: logits against transformers', and the same however a prompt is read."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,11 @@ def test_features_are_computed_once_and_only_where_they_are_read(load: Load) -> 
     again.features.clear()
     model.encode_images(again, first.start, 1)
     assert list(again.features) == [first.patches.content]
+    behind = ImagePrompt(
+        prompt.tokens, tuple(replace(s, start=s.start + 100) for s in prompt.spans)
+    )
+    model.encode_images(behind)  # all of them, wherever the prompt begins
+    assert len(behind.features) == 3
 
 
 def test_a_step_that_was_not_told_of_images_is_refused(load: Load, tmp_path: Path) -> None:
@@ -237,6 +243,19 @@ def test_images_for_many_rows_are_refused(load: Load) -> None:
         model(mx.array([prompt.tokens] * 2), images=prompt)
     with pytest.raises(InvalidRequestError, match="2 sequences for 1"):
         model.run_sequences(mx.array([5]), [model.make_cache()], [1], [1], [prompt, None])
+
+
+def test_padding_behind_images_changes_nothing(load: Load) -> None:
+    model = load("glm4v")
+    prompt = place(model, "one")
+    length = len(prompt.tokens)
+    padded = mx.array([[*prompt.tokens, 0, 0, 0]])
+    with ops.reference():
+        wanted = model(padded[:, :length], images=prompt)
+        found = model(padded, lengths=[length], images=prompt)[:, :length]
+    assert relative_difference(found, wanted) < ALIKE
+    found = model(padded, lengths=[length], images=prompt)[:, :length]
+    assert mx.array_equal(found, model(padded[:, :length], images=prompt)).item()
 
 
 def test_a_batch_is_of_text_alone(load: Load, folders: dict[str, Path]) -> None:
