@@ -1,4 +1,4 @@
-"""Draws where `pocket-vision` taps: `python scripts/draw_pocket_vision.py --out docs/images/pocket_vision.png`.
+"""Draws where `pocket-vision` taps: `python scripts/draw_pocket_vision.py --out docs/pocket_vision.png`.
 
 The bundled model is asked, on this project's own runtime, about held-out screens; each picture shows the
 instruction, the screen and the tap that came back. A screen whose task is done has no tap.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from pocket_vision_score import MAX_TOKENS, is_right, tap_pixel
-from pocket_vision_screens import GLYPH_WIDTH, HEIGHT, WIDTH, Screen
+from pocket_vision_screens import HEIGHT, WIDTH, Screen
 from pocket_vision_tasks import Task, held_out_examples
 
 from mlx_edge.decoding.multimodal import MultimodalGenerator
@@ -29,10 +29,9 @@ def draw_card(screen: Screen, task: Task, answer: str) -> Image.Image:
     card.paste(shown, (MARGIN, CAPTION))
     draw = ImageDraw.Draw(card)
     draw.rectangle((MARGIN - 1, CAPTION - 1, MARGIN + width, CAPTION + height), outline=INK)
-    font = ImageFont.load_default_imagefont()
-    shown_answer = answer.encode("ascii", "replace").decode()  # all that the font has
-    for text, top in ((task.instruction, 14), (shown_answer, CAPTION + height + 12)):
-        left = (card.width - GLYPH_WIDTH * len(text)) // 2
+    font = ImageFont.load_default(size=18)
+    for text, top in ((task.instruction, 10), (answer, CAPTION + height + 8)):
+        left = (card.width - draw.textlength(text, font)) // 2
         draw.text((left, top), text, fill=INK, font=font)
     pixel = tap_pixel(answer)
     if pixel is not None:
@@ -49,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pocket-vision")
     parser.add_argument(
-        "--screens", type=int, nargs="+", default=[0, 1, 2, 3], help="held-out numbers"
+        "--screens", type=int, nargs="+", default=[2, 7, 13, 1], help="held-out numbers"
     )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

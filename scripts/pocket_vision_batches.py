@@ -39,8 +39,8 @@ TASK_TOKENS = 22
 COVERED = 60
 """Square pixels of a thing that make a cell one of its cells: about a letter."""
 STATES = ("plain", "title", "chosen", "on", "off", "back", "close")
-UNIT_WEIGHT, SYNTAX_WEIGHT, SWITCH_WEIGHT = 0.05, 0.2, 4.0
-"""Of the last digit of a number, of what is the same in all taps, and of whether a switch needs one."""
+UNIT_WEIGHT, SYNTAX_WEIGHT = 0.05, 0.2
+"""Of the last digit of a number, and of what is the same in all taps."""
 
 
 @dataclass
@@ -178,9 +178,7 @@ class Rows:
         for index, token in enumerate(answer):
             number = number + 1 if self.is_digit[token] else 0
             weight = SYNTAX_WEIGHT if number == 0 else 1.0
-            if index == 0:
-                weight = SWITCH_WEIGHT if task.kind.startswith("switch") else 1.0
-            weights[len(prompt) - 1 + index] = weight
+            weights[len(prompt) - 1 + index] = 1.0 if index == 0 else weight
             if number and (index + 1 == len(answer) or not self.is_digit[answer[index + 1]]):
                 weights[len(prompt) - 1 + index] = UNIT_WEIGHT
         return ids, weights, len(prompt)

@@ -63,7 +63,7 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
     if name and folder.is_dir():
         _refuse_revision(name, revision)
         return folder
-    choices = f"give a model folder, a hub id (owner/name) or {' or '.join(BUNDLED)}"
+    choices = f"give a model folder, a hub id (owner/name) or one of {', '.join(BUNDLED)}"
     if name and folder.exists():
         raise ModelFormatError(f"{name} is a file; {choices}")
     if not _HUB_ID.fullmatch(name):

@@ -21,8 +21,15 @@ tokens = importlib.import_module("pocket_vision_tokens")
 score = importlib.import_module("pocket_vision_score")
 
 FOLDER = ROOT / "mlx_edge" / "assets" / "pocket_vision"
-SCREENS = "e92ccc81831dc7e9"
-PINNED: dict[int, tuple[str, str]] = {}
+SCREENS = "7976e0782e7b5361"
+PINNED = {
+    1: ("Tap the Skip button", 'finish(message="Task completed.")'),
+    2: ("Click News", 'do(action="Tap", element=[750,687])'),
+    3: ("Tap Contacts", 'do(action="Tap", element=[500,406])'),
+    7: ("Click on the red circle icon", 'do(action="Tap", element=[500,687])'),
+    9: ("Select the pink heart", 'do(action="Tap", element=[166,839])'),
+    12: ("Press the back button", 'do(action="Tap", element=[125,62])'),
+}
 
 
 def read(name: str) -> dict:
@@ -40,7 +47,7 @@ def test_the_folder_is_a_small_glm4v():
     assert vision["patch_size"] == 14
     assert vision["spatial_merge_size"] == 2
     assert vision["out_hidden_size"] == config["text_config"]["hidden_size"]
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 4_100_000
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 4 << 20
 
 
 def test_the_stored_tokenizer_is_the_one_the_script_builds():
