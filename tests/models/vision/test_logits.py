@@ -255,7 +255,9 @@ def test_padding_behind_images_changes_nothing(load: Load) -> None:
         found = model(padded, lengths=[length], images=prompt)[:, :length]
     assert relative_difference(found, wanted) < ALIKE
     found = model(padded, lengths=[length], images=prompt)[:, :length]
-    assert mx.array_equal(found, model(padded[:, :length], images=prompt)).item()
+    wanted = model(padded[:, :length], images=prompt)
+    assert relative_difference(found, wanted) < ALIKE
+    assert model.row_exactness is not None or mx.array_equal(found, wanted).item()
 
 
 def test_a_batch_is_of_text_alone(load: Load, folders: dict[str, Path]) -> None:
