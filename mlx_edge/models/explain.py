@@ -5,13 +5,19 @@ Asks `ops.choose` with what the model's own steps would bring, and computes noth
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_edge import ops
 from mlx_edge.models.decoder import Decoder
 
+if TYPE_CHECKING:  # it stands on numpy, which a model of text can do without
+    from mlx_edge.models.vision.tower import VisionTower
+
 ROWS = (1, 4, 32)  # a token, drafts to verify, a prompt
+PATCHES = 256
+Choice = tuple[str, str, str]  # op, layer, which implementation and why
 
 
 def explain_kernels(model: Decoder, rows: Sequence[int] = ROWS) -> Iterator[str]:
@@ -21,12 +27,19 @@ def explain_kernels(model: Decoder, rows: Sequence[int] = ROWS) -> Iterator[str]
     """
     for width in rows:
         yield f"steps of {width} row{'s' * (width > 1)}:"
-        for op, names, choice in _group(_choices(model, width)):
-            where = f" of {names[0]}" if len(names) == 1 else f" of {names[0]} to {names[-1]}"
-            yield f"  {op}{where if names[0] else ''}: {choice}"
+        yield from _write(_choices(model, width))
+    if model.vision is not None:
+        yield f"an image of {PATCHES} patches:"
+        yield from _write(_tower_choices(model.vision))
 
 
-def _choices(model: Decoder, width: int) -> Iterator[tuple[str, str, str]]:
+def _write(choices: Iterator[Choice]) -> Iterator[str]:
+    for op, names, choice in _group(choices):
+        where = f" of {names[0]}" if len(names) == 1 else f" of {names[0]} to {names[-1]}"
+        yield f"  {op}{where if names[0] else ''}: {choice}"
+
+
+def _choices(model: Decoder, width: int) -> Iterator[Choice]:
     """Op, layer and choice in the order in which a step computes them."""
     meta = ops.StepMeta.uniform(0, batch_size=1, width=width)
     tokens = mx.zeros((1, width), mx.int32)
@@ -42,6 +55,20 @@ def _choices(model: Decoder, width: int) -> Iterator[tuple[str, str, str]]:
     yield "head", "", str(ops.choose("head", x, model.head))
 
 
-def _group(choices: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, list[str], str]]:
+def _tower_choices(tower: "VisionTower") -> Iterator[Choice]:
+    config = tower.config
+    dtype = tower.blocks[0].norm.weight.dtype
+    values = mx.zeros((PATCHES, config.patch_values), dtype)
+    yield "linear", "the patches", str(ops.choose("linear", values, tower.patch_embedding))
+    heads = mx.zeros((config.num_heads, PATCHES, config.head_dim), dtype)
+    x = mx.zeros((1, PATCHES, config.hidden_size), dtype)
+    for index, _ in enumerate(tower.blocks):
+        choice = ops.choose("attention_within", heads, heads, heads, (PATCHES,), scale=1.0)
+        yield "attention_within", f"block {index}", str(choice)
+    for index, block in enumerate(tower.blocks):
+        yield "mlp_block", f"block {index}", str(ops.choose("mlp_block", x, block.mlp))
+
+
+def _group(choices: Iterator[Choice]) -> Iterator[tuple[str, list[str], str]]:
     for (op, choice), found in groupby(choices, lambda item: (item[0], item[2])):
         yield op, [layer for _, layer, _ in found], choice

@@ -33,3 +33,15 @@ def test_the_metal_kernels_name_their_launches() -> None:
     assert (
         "32 rows; more than 16 are left to MLX's own kernels; mlp_block runs on reference" in text
     )
+
+
+def test_a_tower_is_explained_beside_the_text() -> None:
+    model, _ = mlx_edge.load("pocket-vision")
+    with ops.use("reference"):
+        lines = list(explain_kernels(model, rows=(1,)))
+    assert lines[-4:] == [
+        "an image of 256 patches:",
+        "  linear of the patches: linear runs on reference",
+        "  attention_within of block 0 to block 3: attention_within runs on reference",
+        "  mlp_block of block 0 to block 3: mlp_block runs on reference",
+    ]
