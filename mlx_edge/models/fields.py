@@ -94,7 +94,7 @@ class Fields:
             if self.raw[key] is not None and self.raw[key] is not False
         )
         if left:
-            shown = ", ".join(f"{key} = {_brief(self.raw[key])}" for key in left)
+            shown = ", ".join(f"{spell(key)} = {_brief(self.raw[key])}" for key in left)
             raise UnsupportedModelError(
                 f"{self.name}: not supported: {shown}; it may change what the model computes. "
                 "If it does not, remove it from the file"
@@ -111,6 +111,11 @@ class Fields:
 
     def _wrong(self, key: str, value: Any, expected: str) -> ModelFormatError:
         return ModelFormatError(f"{self.name}: {key} is {_brief(value)}, expected {expected}")
+
+
+def spell(key: str) -> str:
+    """A word of a stranger's file, in one line."""
+    return key if key.isprintable() and len(key) <= 60 else _brief(key)
 
 
 def _brief(value: Any) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.families import Family
-from mlx_edge.models.fields import Fields
+from mlx_edge.models.fields import Fields, spell
 
 MAX_WINDOW = 1 << 30
 
@@ -67,7 +67,7 @@ def _read_layer_types(fields: Fields, num_layers: int) -> list[bool] | None:
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
         raise UnsupportedModelError(
-            f"{fields.name}: layer_types {', '.join(unknown)} are not supported"
+            f"{fields.name}: layer_types {', '.join(map(spell, unknown))} are not supported"
         )
     _check_length(fields, "layer_types", len(types), num_layers)
     return [kind == "sliding_attention" for kind in types] or None

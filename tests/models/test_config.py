@@ -173,6 +173,13 @@ NESTED = ["rope_scaling", "rope_parameters", "quantization"]
 KEYS = st.sampled_from([*LLAMA, *LISTS, *SWITCHES, *NESTED])
 
 
+@pytest.mark.parametrize("change", [{"rope_scaling": {"\n": []}}, {"layer_types": ["a\nb"]}])
+def test_a_strangers_words_stay_in_one_line(change: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError) as raised:
+        ModelConfig.from_hf({**LLAMA, "model_type": "llama", **change})
+    assert "\n" not in str(raised.value)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(KEYS, JSON, max_size=5), st.sampled_from(sorted(FAMILIES)))
 def test_fuzz_values(changes: dict[str, Any], model_type: str) -> None:
