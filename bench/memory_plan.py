@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,9 @@ def find_folder(name: str, work: Path, models: Path | None) -> str:
     return str(folder)
 
 
-def predict(folder: str, cell: Cell) -> dict[str, Any]:
+def predict(folder: str, flags: Sequence[str]) -> dict[str, Any]:
     """What plan says."""
-    command = [sys.executable, "-m", "mlx_edge.plan", folder, *cell.flags(), "--json"]
+    command = [sys.executable, "-m", "mlx_edge.plan", folder, *flags, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -98,18 +99,15 @@ def predict(folder: str, cell: Cell) -> dict[str, Any]:
     return found
 
 
-def measure(folder: str, cell: Cell) -> dict[str, int]:
-    """The most private bytes of a process that serves the cell, by both readings."""
-    words = [
-        sys.executable,
-        "-m",
-        "bench.memory_cell",
-        json.dumps([folder, asdict(cell)]),
-    ]
+def measure(module: str, *words: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
+    """The most private bytes of a process that serves a cell, by both readings, and what else it prints of itself."""
     child = subprocess.Popen(
-        words, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-m", module, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    sampled, deadline = 0, time.monotonic() + LIMIT_S
+    sampled, deadline = 0, time.monotonic() + limit_s
     while child.poll() is None:
         sampled = max(sampled, read_status(child.pid).get("RssAnon", 0))
         if time.monotonic() > deadline:
@@ -119,14 +117,15 @@ def measure(folder: str, cell: Cell) -> dict[str, int]:
     lines = child.stdout.read().splitlines()
     if child.returncode or not lines:
         raise RuntimeError(f"the process ended with {child.returncode}")
-    found: dict[str, int] = json.loads(lines[-1])
+    found: dict[str, Any] = json.loads(lines[-1])
     return {"sampled": sampled, **found}
 
 
 def run_cell(cell: Cell, work: Path, models: Path | None) -> dict[str, Any]:
     """One row of the result: sizes in bytes, the error relative to what was measured."""
     folder = find_folder(cell.model, work, models)
-    planned, measured = predict(folder, cell), measure(folder, cell)
+    planned = predict(folder, cell.flags())
+    measured = measure("bench.memory_cell", json.dumps([folder, asdict(cell)]))
     peak = max(measured["sampled"], measured["high_water"])
     parts = {name: planned[f"{name}_bytes"] for name in ("program", "weights", "kv", "activations")}
     return {

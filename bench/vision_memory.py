@@ -14,11 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.memory_plan import measure, predict
 
 BITS, GROUP = 4, 64
 LIMIT_S = 1800.0
@@ -183,22 +184,6 @@ def make_folder(cell: Cell, folder: Path) -> None:
     make_tokenizer(shape, folder / "tokenizer.json")
 
 
-def predict(folder: Path, cell: Cell, context: int) -> dict[str, Any]:
-    """What plan says."""
-    flags = ["--context", context, "--images", 1, "--max-pixels", cell.height * cell.width]
-    done = subprocess.run(
-        [*PLAN, str(folder), *map(str, flags), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def serve(folder: str, cell: Cell) -> None:
     """The child: an engine that answers one request with the image. Prints its own reading."""
     from mlx_edge.engine.blocking import BlockingEngine
@@ -242,26 +227,6 @@ def draw_image(cell: Cell) -> bytes:
     return buffer.getvalue()
 
 
-def measure(folder: Path, cell: Cell) -> dict[str, float]:
-    """The most private bytes of the child, by both readings."""
-    from mlx_edge.profiler.memory import read_status
-
-    words = [sys.executable, "-m", "bench.vision_memory", "--serve", str(folder), cell.name]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    sampled, deadline = 0, time.monotonic() + LIMIT_S
-    while child.poll() is None:
-        sampled = max(sampled, read_status(child.pid).get("RssAnon", 0))
-        if time.monotonic() > deadline:
-            child.kill()
-        time.sleep(0.002)
-    assert child.stdout is not None
-    lines = child.stdout.read().splitlines()
-    if child.returncode or not lines:
-        raise RuntimeError(f"the process ended with {child.returncode}")
-    found: dict[str, float] = json.loads(lines[-1])
-    return {"sampled": sampled, **found}
-
-
 def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     """Make the folder, predict, measure, delete; sizes in bytes."""
     folder = work / cell.name
@@ -270,8 +235,11 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
         # The first process packs the weights for this CPU; plan speaks of those that come after it.
         load = f"from mlx_edge import load; load({str(folder)!r})"
         subprocess.run([sys.executable, "-c", load], check=True)
-        measured = measure(folder, cell)
-        planned = predict(folder, cell, int(measured["prompt_tokens"]) + NEW_TOKENS)
+        words = ("--serve", str(folder), cell.name)
+        measured = measure("bench.vision_memory", *words, limit_s=LIMIT_S)
+        context = measured["prompt_tokens"] + NEW_TOKENS
+        flags = ("--context", context, "--images", 1, "--max-pixels", cell.height * cell.width)
+        planned = predict(str(folder), list(map(str, flags)))
     finally:
         shutil.rmtree(folder)
     peak = max(measured["sampled"], measured["high_water"])

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_edge import ops
 from mlx_edge.models.assembly import Assembler
 from mlx_edge.models.config import ModelConfig
-from mlx_edge.models.decoder import Layer
+from mlx_edge.models.decoder import Layer, feed_forward
 from mlx_edge.models.linears import find_linears, replace_linears
 from mlx_edge.quant import dequantize
 from mlx_edge.runtime import connect_blas
@@ -125,9 +125,7 @@ def forward_layer(layer: Layer, hidden: mx.array) -> mx.array:
     meta = ops.StepMeta.uniform(0, batch_size=hidden.shape[0], width=hidden.shape[1])
     with ops.reference():
         hidden = ops.attention_block(hidden, layer.attention, _Text(), layer.rope, meta)
-        if isinstance(layer.mlp, ops.MoEWeights):
-            return ops.moe_block(hidden, layer.mlp)
-        return ops.mlp_block(hidden, layer.mlp)
+        return feed_forward(hidden, layer.mlp)
 
 
 def as_dense(linear: ops.Linear) -> ops.Dense:

@@ -22,7 +22,7 @@ from mlx_edge.decoding.speculation import (
 )
 from mlx_edge.decoding.text_stream import TextEnd, TextStream
 from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.interface import Cache, LanguageModel, check_reads_images, reads_images
+from mlx_edge.models.interface import Cache, LanguageModel, check_reads_images, find_tower
 from mlx_edge.runtime import peak_memory_gb
 from mlx_edge.text import Tokenizer
 
@@ -122,7 +122,8 @@ def _place_images(
 ) -> "tuple[mx.array, ImagePrompt | None]":
     """The prompt with a run of tokens for each image, and what stands there; None where there are no images."""
     check_reads_images(model, len(images) > 0)
-    if not reads_images(model):
+    tower = find_tower(model)
+    if tower is None:
         return tokens, None
     if cache[0].holds_images:
         raise InvalidRequestError(
@@ -130,7 +131,6 @@ def _place_images(
         )
     from mlx_edge.models.vision.reading import read_images
 
-    tower: Any = getattr(model, "vision")  # noqa: B009  (the protocol of a model of text has none)
     values: list[int] = tokens.reshape(-1).tolist()  # type: ignore[assignment]
     seen = read_images(values, images, tower, max_pixels=max_pixels, begin=cache[0].offset)
     return (tokens, None) if seen is None else (mx.array(seen.tokens, dtype=mx.int32), seen)

@@ -29,7 +29,7 @@ from mlx_edge.engine.prefix.disk import PrefixDisk
 from mlx_edge.engine.request import Request
 from mlx_edge.errors import InvalidRequestError, MemoryBudgetError
 from mlx_edge.models.decoder import Decoder, find_arrays
-from mlx_edge.models.interface import LanguageModel, make_cache_of, row_is_exact
+from mlx_edge.models.interface import LanguageModel, find_tower, make_cache_of, row_is_exact
 from mlx_edge.models.load import load
 from mlx_edge.models.vision.prompt import ImagePrompt
 from mlx_edge.models.vision.tower import VisionTower
@@ -68,7 +68,7 @@ class Served:
     @property
     def tower(self) -> VisionTower | None:
         """What reads images; None for a model of text alone."""
-        return getattr(self.model, "vision", None)
+        return find_tower(self.model)
 
     @property
     def context_size(self) -> int:
@@ -226,7 +226,7 @@ def _make_prefixes(
 def _make_features(
     model: LanguageModel[Any], config: EngineConfig, budget: MemoryBudget | None
 ) -> ImageFeatures | None:
-    tower = getattr(model, "vision", None)
+    tower = find_tower(model)
     limit = config.image_cache_bytes
     if limit is None:
         limit = 0 if budget is None else budget.available // 16

@@ -80,7 +80,7 @@ class Decoder:
         x, meta = self._begin(tokens, meta, [images])
         for layer, kv in zip(self.layers, cache, strict=True):
             x = ops.attention_block(x, layer.attention, kv, layer.rope, meta)
-            x = _feed_forward(x, layer.mlp)
+            x = feed_forward(x, layer.mlp)
         if logits_to_keep is not None and logits_to_keep < width:
             x = x[:, width - logits_to_keep :]
         return ops.head(x, self.head)
@@ -111,7 +111,7 @@ class Decoder:
         for layer, *handles in zip(self.layers, *caches, strict=True):
             kv = ops.RaggedKV(tuple(handles))
             x = ops.attention_block(x, layer.attention, kv, layer.rope, meta)
-            x = _feed_forward(x, layer.mlp)
+            x = feed_forward(x, layer.mlp)
         if not kept:
             return mx.zeros((0, self.head.projection.shape[0]), x.dtype)
         if len(kept) < tokens.size:
@@ -145,25 +145,6 @@ class Decoder:
         from mlx_edge.models.vision.prompt import show_images, turn_step
 
         return show_images(x, self.vision, meta, images), turn_step(meta, images)
-
-    def encode_images(
-        self, images: "ImagePrompt", begin: int = 0, length: int | None = None
-    ) -> None:
-        """Compute the features of all images of which tokens stand in these positions, unless they are there.
-
-        Without a `length` these are all positions from `begin` on.
-
-        A step does it by itself; this is for whoever wants to choose the moment. In the model's thread.
-
-        Raises: InvalidRequestError for a model of text alone.
-        """
-        check_reads_images(self, True)
-        assert self.vision is not None
-        from mlx_edge.models.vision.prompt import encode_images
-
-        if length is None:
-            length = max(0, *(span.end - begin for span in images.spans), 0)
-        encode_images(self.vision, images, begin, length)
 
     @property
     def row_exactness(self) -> str | None:
@@ -240,7 +221,8 @@ class Decoder:
         return [make(layer.attention) for layer in self.layers]
 
 
-def _feed_forward(x: mx.array, mlp: ops.MLPWeights | ops.MoEWeights) -> mx.array:
+def feed_forward(x: mx.array, mlp: ops.MLPWeights | ops.MoEWeights) -> mx.array:
+    """The second half of a layer: one network, or some of many."""
     if isinstance(mlp, ops.MoEWeights):
         return ops.moe_block(x, mlp)
     return ops.mlp_block(x, mlp)

@@ -15,6 +15,7 @@ from mlx_edge.weights import LoadReport
 
 if TYPE_CHECKING:  # it stands on numpy and the tower, which models of text can do without
     from mlx_edge.models.vision.prompt import ImagePrompt
+    from mlx_edge.models.vision.tower import VisionTower
 
 
 class LayerCache(Protocol):
@@ -121,14 +122,14 @@ class Forward(Protocol[Cache_contra]):
         """As `LanguageModel.__call__`."""
 
 
-def reads_images(model: LanguageModel[Any]) -> bool:
-    """Whether the model has a vision tower."""
-    return getattr(model, "vision", None) is not None
+def find_tower(model: LanguageModel[Any]) -> "VisionTower | None":
+    """What reads images; None for a model of text alone, and for another definition's."""
+    return getattr(model, "vision", None)
 
 
 def check_reads_images(model: LanguageModel[Any], has_images: bool) -> None:
     """Raise InvalidRequestError for images to a model that cannot see."""
-    if has_images and not reads_images(model):
+    if has_images and find_tower(model) is None:
         raise InvalidRequestError(
             f"this model reads text only ({model.config.model_type}); leave the images out, "
             "or load a model with vision"
@@ -137,10 +138,10 @@ def check_reads_images(model: LanguageModel[Any], has_images: bool) -> None:
 
 def refuse_places(model: LanguageModel[Any], tokens: mx.array) -> None:
     """Raise InvalidRequestError for a prompt with a place for an image, where only text is read."""
-    vision: Any = getattr(model, "vision", None)
-    if vision is not None and (tokens == vision.config.image_token_id).any().item():
+    tower = find_tower(model)
+    if tower is not None and (tokens == tower.config.image_token_id).any().item():
         raise InvalidRequestError(
-            f"the prompt has a place for an image (token {vision.config.image_token_id}), and here is only text read; "
+            f"the prompt has a place for an image (token {tower.config.image_token_id}), and here is only text read; "
             "use generate or the engine"
         )
 

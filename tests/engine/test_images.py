@@ -16,7 +16,6 @@ from mlx_edge.decoding.stream import stream_generate
 from mlx_edge.engine import service as service_module
 from mlx_edge.engine.blocking import BlockingEngine
 from mlx_edge.engine.config import EngineConfig
-from mlx_edge.engine.images import intake as intake_module
 from mlx_edge.engine.images.features import ImageFeatures
 from mlx_edge.engine.images.intake import PatchRoom, place_request_images
 from mlx_edge.engine.ledger import FEATURES, PREFIXES
@@ -27,6 +26,7 @@ from mlx_edge.engine.step import run_step
 from mlx_edge.errors import InvalidRequestError, MemoryBudgetError
 from mlx_edge.models.decoder import Decoder
 from mlx_edge.models.load import load_model
+from mlx_edge.models.vision import reading
 from mlx_edge.models.vision.image import read_image
 from mlx_edge.models.vision.processor import Patches
 from mlx_edge.models.vision.prompt import ImagePrompt, ImageSpan
@@ -433,7 +433,7 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[bytes], thr
         assert may_go.wait(30)
         return read_image(data, name)
 
-    monkeypatch.setattr(intake_module, "read_image", wait)
+    monkeypatch.setattr(reading, "read_image", wait)
     yield seen, may_go
     may_go.set()
 

@@ -11,12 +11,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from mlx_edge.engine.request import Request
-from mlx_edge.errors import InvalidRequestError
-from mlx_edge.models.interface import LanguageModel, check_reads_images
-from mlx_edge.models.vision.image import read_image
-from mlx_edge.models.vision.processor import Patches, make_patches
-from mlx_edge.models.vision.prompt import ImagePrompt, place_images
-from mlx_edge.models.vision.tower import VisionTower
+from mlx_edge.models.interface import LanguageModel, check_reads_images, find_tower
+from mlx_edge.models.vision.processor import Patches
+from mlx_edge.models.vision.prompt import ImagePrompt
+from mlx_edge.models.vision.reading import read_images
 
 
 def place_request_images(
@@ -35,27 +33,18 @@ def place_request_images(
     that is then longer than the context, and for a model without a tower.
     """
     check_reads_images(model, bool(request.images))
-    tower: VisionTower | None = getattr(model, "vision", None)
-    if tower is None or not (request.images or tower.config.image_token_id in tokens):
+    tower = find_tower(model)
+    if tower is None:
         return None
     limits = [limit for limit in (request.max_pixels, max_pixels) if limit is not None]
-    limit = min(limits, default=None)
-    known = WeakValueDictionary() if room is None else room.patches
-    patches: list[Patches] = []
-    num_tokens = len(tokens)
-    for number, data in enumerate(request.images, start=1):
-        made = known.get((data, limit))
-        if made is None:
-            made = make_patches(read_image(data, f"image {number}"), tower.processor, limit)
-            known[data, limit] = made
-        patches.append(made)
-        num_tokens += patches[-1].num_tokens - 1
-        if num_tokens > context_size:  # before more of them are made
-            raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens with image {number} of {len(request.images)}, the model's "
-                f"context {context_size}; send fewer or smaller images, or lower max_pixels"
-            )
-    return place_images(tokens, patches, tower.config)
+    return read_images(
+        tokens,
+        request.images,
+        tower,
+        max_pixels=min(limits, default=None),
+        context_size=context_size,
+        known=None if room is None else room.patches,
+    )
 
 
 class PatchRoom:

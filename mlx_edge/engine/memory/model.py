@@ -21,6 +21,7 @@ from mlx_edge.engine.scheduler import SMALL_STEP
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import KEPT_PREFIX, Decoder
+from mlx_edge.models.interface import CacheOptions
 from mlx_edge.models.tensors import find_prefix, stored_name
 from mlx_edge.models.vision.assembly import find_prefix as find_vision
 from mlx_edge.models.vision.assembly import read_processor
@@ -41,7 +42,7 @@ LOGIT_COPIES = 3  # logits, log-probabilities, what a sampler makes of them
 TOKEN_BYTES = 64  # of the host's lists, for each token of a sequence
 
 
-class MemoryOptions(Protocol):
+class MemoryOptions(CacheOptions, Protocol):
     """What the memory depends on beside the model; `EngineConfig` has it."""
 
     @property
@@ -51,22 +52,6 @@ class MemoryOptions(Protocol):
     @property
     def prefill_chunk(self) -> int:
         """Prompt tokens in a step."""
-
-    @property
-    def kv_bits(self) -> int | None:
-        """Bits of a stored key or value; None: floats."""
-
-    @property
-    def kv_group_size(self) -> int:
-        """Elements that share a scale."""
-
-    @property
-    def quantized_kv_start(self) -> int:
-        """Positions stored as floats first."""
-
-    @property
-    def max_kv_size(self) -> int | None:
-        """The most positions a layer keeps; None: all."""
 
 
 @dataclass(frozen=True)

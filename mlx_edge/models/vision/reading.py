@@ -3,7 +3,7 @@
 Puts image, processor and prompt together; may run in any thread, since it computes nothing on MLX.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +11,12 @@ from numpy.typing import NDArray
 
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.vision.image import read_image
-from mlx_edge.models.vision.processor import Patches, ProcessorConfig, make_patches
+from mlx_edge.models.vision.processor import Patches, make_patches
 from mlx_edge.models.vision.prompt import ImagePrompt, place_images
 from mlx_edge.models.vision.tower import VisionTower
 
+Known = MutableMapping[tuple[bytes, int | None], Patches]  # by file and max_pixels
 ImageSource = str | Path | bytes | NDArray[np.uint8]  # a path, a file's bytes, or (H, W, 3) RGB
-
-
-def read_patches(
-    images: Sequence[ImageSource], processor: ProcessorConfig, max_pixels: int | None = None
-) -> list[Patches]:
-    """The patches of each image; `max_pixels` lowers the size to which the model resizes it.
-
-    Raises: InvalidRequestError for what is no image, is too large to be decoded, or does not fit the model.
-    """
-    return [
-        make_patches(_read_pixels(image, index), processor, max_pixels)
-        for index, image in enumerate(images, start=1)
-    ]
 
 
 def read_images(
@@ -38,16 +26,37 @@ def read_images(
     *,
     max_pixels: int | None = None,
     begin: int = 0,
+    context_size: int | None = None,
+    known: Known | None = None,
 ) -> ImagePrompt | None:
     """The prompt with its images where its tokens have a place for each; None where it has neither.
 
-    `begin` is the position of the first token, behind a stored prompt of text alone.
+    `max_pixels` lowers the size to which the model resizes them; `begin` is the position of the first token, behind a
+    stored prompt of text alone. With a `context_size` no more images are read than fit. What is `known` of a file's
+    bytes is not made again, and what is made is put there.
 
-    Raises: InvalidRequestError for images that cannot be read, and more or fewer of them than places.
+    Raises: InvalidRequestError for what is no image, is too large to be decoded or does not fit the model, for more
+    or fewer images than places, and for a prompt beyond the context.
     """
     if not images and tower.config.image_token_id not in tokens:
         return None
-    patches = read_patches(images, tower.processor, max_pixels)
+    known = {} if known is None else known
+    patches: list[Patches] = []
+    num_tokens = len(tokens)
+    for number, image in enumerate(images, start=1):
+        key = (image, max_pixels) if isinstance(image, bytes) else None
+        made = None if key is None else known.get(key)
+        if made is None:
+            made = make_patches(_read_pixels(image, number), tower.processor, max_pixels)
+        if key is not None:
+            known[key] = made
+        patches.append(made)
+        num_tokens += made.num_tokens - 1
+        if context_size is not None and num_tokens > context_size:  # before more of them are made
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens with image {number} of {len(images)}, the model's "
+                f"context {context_size}; send fewer or smaller images, or lower max_pixels"
+            )
     return place_images(tokens, patches, tower.config, begin=begin)
 
 

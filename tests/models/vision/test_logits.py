@@ -20,7 +20,7 @@ from mlx_edge.models.decoder import Decoder
 from mlx_edge.models.interface import run_sequences
 from mlx_edge.models.load import load_model
 from mlx_edge.models.prompt_cache import describe_prompt, save_prompt_cache
-from mlx_edge.models.vision.prompt import ImagePrompt, place_images
+from mlx_edge.models.vision.prompt import ImagePrompt, encode_images, place_images
 from mlx_edge.text import load_tokenizer
 from tests.models.vision.folders import (
     CASES,
@@ -209,12 +209,12 @@ def test_features_are_computed_once_and_only_where_they_are_read(load: Load) -> 
     model(tokens[:, first.end :], twin, images=again)  # as behind a stored prefix
     assert first.patches.content not in again.features and len(again.features) == 2
     again.features.clear()
-    model.encode_images(again, first.start, 1)
+    encode_images(model.vision, again, first.start, 1)
     assert list(again.features) == [first.patches.content]
     behind = ImagePrompt(
         prompt.tokens, tuple(replace(s, start=s.start + 100) for s in prompt.spans)
     )
-    model.encode_images(behind)  # all of them, wherever the prompt begins
+    encode_images(model.vision, behind, 0, behind.spans[-1].end)  # wherever the prompt begins
     assert len(behind.features) == 3
 
 
