@@ -286,6 +286,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def draw_model(kind: Any, config: Any, folder: Path) -> tuple[Any, Any, dict[str, list[int]]]:
+    """Transformers' model of a configuration, with the weights that belong to its names; `config.json`; the shapes."""
+    kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    shapes = {key: list(value.shape) for key, value in load_file(file).items()}
+    weights = {key: torch.from_numpy(draw_weight(key, shape)) for key, shape in shapes.items()}
+    save_file(weights, file, {"format": "pt"})
+    saved = json.loads((folder / "config.json").read_text())
+    model = kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return model.eval(), saved, shapes
+
+
 def make_golden(given: dict[str, Any]) -> dict[str, Any]:
     """Run transformers' model of this configuration; the content of the golden's file."""
     # A copy: transformers adds to the objects that it is given.
@@ -297,15 +309,8 @@ def make_golden(given: dict[str, Any]) -> dict[str, Any]:
     kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     tokens = draw_tokens(NUM_TOKENS, given.get("text_config", given)["vocab_size"])
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        folder = Path(name)
-        kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        file = folder / "model.safetensors"
-        shapes = {key: list(value.shape) for key, value in load_file(file).items()}
-        weights = {key: torch.from_numpy(draw_weight(key, shape)) for key, shape in shapes.items()}
-        save_file(weights, file, {"format": "pt"})
-        saved = json.loads((folder / "config.json").read_text())
-        model = kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-        logits = model.eval()(torch.tensor([tokens]), use_cache=False).logits[0, POSITIONS]
+        model, saved, shapes = draw_model(kind, config, Path(name))
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, POSITIONS]
     if whole["model_type"] == "glm4v":
         saved = saved["text_config"]
     return {

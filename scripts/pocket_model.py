@@ -1,4 +1,4 @@
-"""The pocket model in torch, its start values and its optimiser: used by `train_pocket.py` alone.
+"""The pocket model in torch, its start values, its optimiser and how the rates go: used by the training scripts alone.
 
 The network is the Llama decoder with the Hugging Face names, so that `state_dict()` is the checkpoint.
 Two things are not ordinary. The start values give the first two layers an induction circuit (a head that
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,13 +78,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated feed-forward half of a layer."""
+    """The gated feed-forward half of a layer: silu(gate) * up, then down."""
 
-    def __init__(self, config: PocketConfig) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer adds, (B, L, E)."""
@@ -99,7 +100,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, NORM_EPS)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, NORM_EPS)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Return the next residual stream, (B, L, E)."""
@@ -204,6 +205,23 @@ def plant_induction(model: PocketModel, sharpness: float = 0.7, match: float = 0
             second.q_proj.weight[columns] * 0.2 + match * 2 * slow * read
         )
     second.o_proj.weight[:, :head] = 0.3 * basis[:, 2 * head : 3 * head]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rates go: their scale at some steps, straight lines between."""
+
+    points: tuple[tuple[int, float], ...]
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+        return self.points[-1][0]
+
+    def scale(self, step: int) -> float:
+        """Return the scale of the learning rates at a step."""
+        steps, scales = zip(*self.points, strict=True)
+        return float(np.interp(step, steps, scales))
 
 
 class Muon:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pocket_model import MLP
 from torch import Tensor, nn
 
 PATCH, MERGE, FRAMES = 14, 2, 2
@@ -123,21 +124,6 @@ class VisionAttention(nn.Module):
         return result
 
 
-class GatedMLP(nn.Module):
-    """silu(gate) * up, then down."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., E)."""
-        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return result
-
-
 class VisionBlock(nn.Module):
     """One layer of the tower."""
 
@@ -146,7 +132,7 @@ class VisionBlock(nn.Module):
         self.norm1 = RMSNorm(shape.hidden_size)
         self.norm2 = RMSNorm(shape.hidden_size)
         self.attn = VisionAttention(shape)
-        self.mlp = GatedMLP(shape.hidden_size, text_width)
+        self.mlp = MLP(shape.hidden_size, text_width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return the next stream, (B, N, E)."""
@@ -155,7 +141,7 @@ class VisionBlock(nn.Module):
         return result
 
 
-class Merger(GatedMLP):
+class Merger(MLP):
     """The last step into the decoder's space."""
 
     def __init__(self, width: int, inner: int) -> None:

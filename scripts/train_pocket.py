@@ -22,7 +22,7 @@ import torch
 from eval_pocket import evaluate
 from numpy.typing import NDArray
 from pocket_export import export
-from pocket_model import Muon, PocketConfig, PocketModel, initialize
+from pocket_model import Muon, PocketConfig, PocketModel, Schedule, initialize
 from pocket_tokens import ROW_TOKENS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -40,22 +40,11 @@ class Recipe:
 
     name: str
     config: PocketConfig
-    schedule: tuple[tuple[int, float], ...]
-    """Step and scale of the learning rates; straight lines between."""
+    schedule: Schedule
     rows: int = 16
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
     seed: int = 0
-
-    @property
-    def steps(self) -> int:
-        """How many steps the schedule has."""
-        return self.schedule[-1][0]
-
-    def learning_rate(self, step: int) -> float:
-        """Return the scale of the learning rates at a step."""
-        steps, scales = zip(*self.schedule, strict=True)
-        return float(np.interp(step, steps, scales))
 
 
 POCKET = Recipe(
@@ -63,27 +52,29 @@ POCKET = Recipe(
     PocketConfig(VOCAB_SIZE, num_hidden_layers=4),
     # The bends at 1000 and 1200 were made because the machine of the shipped run turned out slower
     # than planned, the second hump because there was time left in the end.
-    (
-        (0, 1 / 60),
-        (59, 1.0),
-        (840, 1.0),
-        (1000, 0.873),
-        (1200, 0.6455),
-        (1500, 0.02),
-        (1515, 0.3),
-        (1650, 0.01),
+    Schedule(
+        (
+            (0, 1 / 60),
+            (59, 1.0),
+            (840, 1.0),
+            (1000, 0.873),
+            (1200, 0.6455),
+            (1500, 0.02),
+            (1515, 0.3),
+            (1650, 0.01),
+        )
     ),
 )
 DRAFT = Recipe(
     "pocket_draft",
     PocketConfig(VOCAB_SIZE, 192, 512, 2, num_attention_heads=3, num_key_value_heads=1),
-    ((0, 1 / 60), (59, 1.0), (200, 1.0), (600, 0.02)),
+    Schedule(((0, 1 / 60), (59, 1.0), (200, 1.0), (600, 0.02))),
 )
 # Five times pocket, for measures that a small model is too small for. It is not shipped.
 LARGE = Recipe(
     "pocket_large",
     PocketConfig(VOCAB_SIZE, 512, 1536, 6, num_attention_heads=8, num_key_value_heads=4),
-    ((0, 1 / 60), (59, 1.0), (250, 1.0), (700, 0.02)),
+    Schedule(((0, 1 / 60), (59, 1.0), (250, 1.0), (700, 0.02))),
     matrix_lr=0.015,
     other_lr=2e-3,
 )
@@ -137,22 +128,22 @@ def train(recipe: Recipe, rows: Rows, work: Path, compiled: bool = True) -> Path
     print(f"{recipe.name}: {size / 1e6:.2f}M parameters, from step {start}", flush=True)
     loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
     began, average = time.perf_counter(), None
-    for step in range(start, recipe.steps):
+    for step in range(start, recipe.schedule.steps):
         loss = loss_of(*rows.batch(step, recipe.rows))
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(recipe.learning_rate(step))
+        optimizer.step(recipe.schedule.scale(step))
         value = loss.item()
         average = value if average is None else 0.95 * average + 0.05 * value
         if (step + 1) % LOG_EVERY == 0:
             seconds = time.perf_counter() - began
             tokens = (step + 1) * recipe.rows * ROW_TOKENS
             print(
-                f"{recipe.name} step {step + 1}/{recipe.steps} tokens {tokens / 1e6:.2f}M "
+                f"{recipe.name} step {step + 1}/{recipe.schedule.steps} tokens {tokens / 1e6:.2f}M "
                 f"loss {average:.4f} {seconds:.0f} s "
                 f"({(step + 1 - start) * recipe.rows * ROW_TOKENS / seconds:.0f} tokens/s)",
                 flush=True,
             )
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.schedule.steps:
             save_checkpoint(path, model, optimizer, step + 1)
     return path
 

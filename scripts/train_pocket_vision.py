@@ -12,9 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from pocket_model import Muon
+from pocket_model import Muon, Schedule
 from pocket_vision_batches import Rows
 from pocket_vision_export import export
 from pocket_vision_losses import NameIds, Probes, all_losses, weights_at
@@ -28,12 +27,8 @@ SAVE_EVERY = 50
 LOG_EVERY = 25
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the model is trained."""
-
-    screens: int = 8
-    schedule: tuple[tuple[int, float], ...] = (
+SCHEDULE = Schedule(
+    (
         (0, 0.02),
         (40, 1.0),
         (1350, 1.0),
@@ -41,20 +36,18 @@ class Recipe:
         (2200, 0.5),
         (3350, 0.003),
     )
-    """Step and scale of the learning rates; straight lines between."""
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is trained."""
+
+    screens: int = 8
+    schedule: Schedule = SCHEDULE
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
     seed: int = 0
-
-    @property
-    def steps(self) -> int:
-        """How many steps the schedule has."""
-        return self.schedule[-1][0]
-
-    def learning_rate(self, step: int) -> float:
-        """Return the scale of the learning rates at a step."""
-        steps, scales = zip(*self.schedule, strict=True)
-        return float(np.interp(step, steps, scales))
 
 
 class Trainer:
@@ -109,7 +102,7 @@ class Trainer:
         weights = weights_at(self.step)
         total = sum((weight * losses[name] for name, weight in weights.items()), torch.zeros(()))
         total.backward()
-        self.optimizer.step(recipe.learning_rate(self.step))
+        self.optimizer.step(recipe.schedule.scale(self.step))
         self.step += 1
         return {name: loss.item() for name, loss in losses.items()}
 
@@ -127,7 +120,7 @@ class Trainer:
                 shown = " ".join(f"{name} {value:.3f}" for name, value in average.items())
                 rate = (self.step - first) * self.recipe.screens / seconds
                 print(
-                    f"step {self.step}/{self.recipe.steps} {seconds:.0f} s {rate:.1f}/s {shown}",
+                    f"step {self.step}/{self.recipe.schedule.steps} {seconds:.0f} s {rate:.1f}/s {shown}",
                     flush=True,
                 )
             if self.step % SAVE_EVERY == 0 or self.step == until:
@@ -147,7 +140,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     recipe = Recipe()
     trainer = Trainer(recipe, options.work, not options.no_compile)
-    trainer.run(min(options.until or recipe.steps, recipe.steps))
+    trainer.run(min(options.until or recipe.schedule.steps, recipe.schedule.steps))
     export(trainer.model, trainer.config, options.out)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from make_goldens import draw_model
 
 from tests.goldens.weights import draw_tokens, draw_weight
 
@@ -159,15 +159,8 @@ def make_golden(given: dict[str, Any]) -> dict[str, Any]:
     config = transformers.AutoConfig.for_model(**json.loads(json.dumps(given)))
     kind = transformers.AutoModelForImageTextToText
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        folder = Path(name)
-        kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        file = folder / "model.safetensors"
-        shapes = {key: list(value.shape) for key, value in load_file(file).items()}
-        weights = {key: torch.from_numpy(draw_weight(key, shape)) for key, shape in shapes.items()}
-        save_file(weights, file, {"format": "pt"})
-        saved = json.loads((folder / "config.json").read_text())
-        model = kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-        cases = {case: run_case(model.eval(), case) for case in CASES}
+        model, saved, shapes = draw_model(kind, config, Path(name))
+        cases = {case: run_case(model, case) for case in CASES}
     return {"saved": saved, "shapes": shapes, "cases": cases}
 
 
