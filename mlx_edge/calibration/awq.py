@@ -114,7 +114,9 @@ def scale_layer(
         inputs = sums[fold.targets[0]]
         linears = scaled.linears()
         weights = [(linears[n].weight, p) for n in fold.targets if (p := packings[n]) is not None]
-        scales = search_scales(config, fold, inputs, weights, dtype, num_alphas)
+        scales = None
+        if fold.source is not None:
+            scales = search_scales(config, fold, inputs, weights, dtype, num_alphas)
         hessian = damp(inputs.hessian, DAMPING)
         if scales is not None:
             inverse = 1 / np.array(scaled.fold(fold, scales), np.float64)

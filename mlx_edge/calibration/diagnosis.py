@@ -222,7 +222,7 @@ class _WeightWatch:
             ids = (mx.arange(start, min(size, start + EMBED_ROWS))[None] for start in starts)
             self._add(family.embedding, [(first.embed(i)[0], second.embed(i)[0]) for i in ids])
             self._errors += layers
-            if f"{family.head}.weight" in first.checkpoint.names():
+            if not first.is_tied:
                 heads = [_values(model.read_head().projection) for model in self._models]
                 self._add(family.head, [(heads[0], heads[1])])
             return tuple(self._errors)

@@ -9,13 +9,13 @@ Knows no files; holds the whole model.
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx.optimizers import Adam
 
 from mlx_edge import ops
-from mlx_edge.calibration.layerwise import LayerwiseModel, as_dense, forward_layer
+from mlx_edge.calibration.layerwise import LayerwiseModel, as_dense, embed_with, forward_layer
 from mlx_edge.calibration.sensitivity import kl_divergence
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.decoder import Layer
@@ -187,11 +187,11 @@ class Student:
         dense = {name: self.codes[name].dense(shift) for name, shift in shifts.items()}
         ends = self._ends | dense
         table = ends[config.family.embedding]
-        hidden = table.weight[rows]
+        hidden = embed_with(table, rows, config)
         for index, layer in enumerate(self._layers):
             hidden = forward_layer(replace_linears(layer, config, index, dense), hidden)
         projection = ends.get(config.family.head, table)
-        return ops.head(hidden, ops.HeadWeights(self.teacher_head.norm, projection))
+        return ops.head(hidden, replace(self.teacher_head, projection=projection))
 
 
 class Training:

@@ -16,6 +16,7 @@ from mlx_edge.models.assembly import Assembler
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Layer, feed_forward
 from mlx_edge.models.linears import find_linears, replace_linears
+from mlx_edge.models.tensors import find_prefix, stored_name
 from mlx_edge.quant import dequantize
 from mlx_edge.runtime import connect_blas
 from mlx_edge.weights import Checkpoint
@@ -64,7 +65,9 @@ class LayerwiseModel:
         """Whether the token table is the head, too."""
         if self.config.is_tied is not None:
             return self.config.is_tied
-        return f"{self.config.family.head}.weight" not in self.checkpoint.names()
+        family, names = self.config.family, self.checkpoint.names()
+        head = stored_name(family.head, find_prefix(names, family.embedding))
+        return f"{head}.weight" not in names
 
     def read_table(self) -> ops.Dense:
         """The token table (V, E) in float32."""
@@ -72,9 +75,7 @@ class LayerwiseModel:
 
     def embed(self, rows: mx.array) -> mx.array:
         """Hidden states (R, L, E) float32 of token rows (R, L)."""
-        with ops.reference():
-            table = ops.Embedding(self.read_table(), self.config.scales.embedding)
-            hidden = ops.embed(rows, table)
+        hidden = embed_with(self.read_table(), rows, self.config)
         mx.eval(hidden)
         return hidden
 
@@ -118,6 +119,12 @@ class LayerwiseModel:
             hidden = self.run_layer(self.read_layer(index), index, hidden)
             on_layer(index)
         return hidden
+
+
+def embed_with(table: ops.Linear, rows: mx.array, config: ModelConfig) -> mx.array:
+    """Hidden states (R, L, E) of token rows (R, L) in a token table (V, E). Differentiable."""
+    with ops.reference():
+        return ops.embed(rows, ops.Embedding(table, config.scales.embedding))
 
 
 def forward_layer(layer: Layer, hidden: mx.array) -> mx.array:

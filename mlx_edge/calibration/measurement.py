@@ -119,11 +119,11 @@ def count_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightCount:
 
 
 def packed_shape(checkpoint: Checkpoint, config: ModelConfig, layer: str) -> tuple[int, int]:
-    """Rows and columns of the weight that a packed layer stands for."""
+    """Rows and columns of the weight that a packed layer stands for; of stacked experts all rows."""
     packing = config.quantization.packing(layer)
     assert packing is not None, f"{layer} has scales, and config.json knows no packing"
-    num_rows, num_groups = checkpoint.entry(f"{layer}.scales").shape
-    return num_rows, num_groups * packing.group_size
+    *num_rows, num_groups = checkpoint.entry(f"{layer}.scales").shape
+    return math.prod(num_rows), num_groups * packing.group_size
 
 
 def fingerprint_weights(checkpoint: Checkpoint) -> str:

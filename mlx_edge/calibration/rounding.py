@@ -1,6 +1,7 @@
 """A model as round-to-nearest would store it: its damage is measured before anything is written."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -37,7 +38,7 @@ class RoundedModel(LayerwiseModel):
         """The final norm, and the head rounded."""
         head, family = super().read_head(), self.config.family
         name = family.embedding if self.is_tied else family.head
-        return ops.HeadWeights(head.norm, self._round(name, head.projection))
+        return replace(head, projection=self._round(name, head.projection))
 
     def _round(self, name: str, linear: ops.Linear) -> ops.Dense:
         dense, packing = as_dense(linear), self._packings[name]

@@ -22,7 +22,7 @@ class Fold:
     """Linears that share their input, and what takes the inverse of its scales."""
 
     targets: tuple[str, ...]
-    source: str  # a norm or a linear
+    source: str | None  # a norm or a linear; None: nothing that could take it
     repeats: int = 1  # times that a head of the source stands in the input, one beside the other
 
 
@@ -30,12 +30,15 @@ def find_folds(config: ModelConfig, index: int) -> list[Fold]:
     """The folds of layer `index`; together their targets are all of its linears."""
     family = config.family
     prefix = family.layer.format(index=index)
-    assert family.attention_norm is not None and family.mlp_norm is not None  # refused before
+
+    def norm(name: str | None) -> str | None:
+        return None if name is None else prefix + name
+
     qkv = tuple(prefix + name for name in (family.query, family.key, family.value))
     return [
-        Fold(qkv, prefix + family.attention_norm),
+        Fold(qkv, norm(family.attention_norm)),
         Fold((prefix + family.output,), qkv[2], config.num_heads // config.num_kv_heads),
-        Fold((prefix + family.gate, prefix + family.up), prefix + family.mlp_norm),
+        Fold((prefix + family.gate, prefix + family.up), norm(family.mlp_norm)),
         Fold((prefix + family.down,), prefix + family.up),
     ]
 
@@ -91,16 +94,18 @@ class ScaledLayer:
         return spread
 
     def _fold_norm(self, fold: Fold, scales: mx.array) -> mx.array:
-        name = self._model.config.family.attention_norm
+        family = self._model.config.family
+        name, offset = family.attention_norm, 1.0 if family.has_norm_offset else 0.0
+        assert fold.source is not None
         is_attention = name is not None and fold.source.endswith(name)
         block = self.layer.attention if is_attention else self.layer.mlp
         assert block.norm is not None  # it is the source
-        norm = block.norm.weight
-        stored = (norm / scales).astype(self._dtype)
-        rounded = stored.astype(mx.float32)
+        norm = block.norm.weight  # with the offset
+        stored = (norm / scales - offset).astype(self._dtype)
+        rounded = stored.astype(mx.float32) + offset
         is_kept = (rounded == 0) | ~mx.isfinite(rounded)  # no inverse: the channel stays as it is
-        stored = mx.where(is_kept, norm.astype(self._dtype), stored)
-        rounded = stored.astype(mx.float32)
+        stored = mx.where(is_kept, (norm - offset).astype(self._dtype), stored)
+        rounded = stored.astype(mx.float32) + offset
         scales = mx.where(rounded == 0, 1.0, norm / mx.where(rounded == 0, 1.0, rounded))
         self._floats[f"{fold.source}.weight"] = stored
         changed = replace(block.norm, weight=rounded)

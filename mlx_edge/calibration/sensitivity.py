@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edge import ops
-from mlx_edge.calibration.layerwise import LayerwiseModel, as_dense
+from mlx_edge.calibration.layerwise import LayerwiseModel, as_dense, embed_with
 from mlx_edge.calibration.text import spread
 from mlx_edge.errors import InvalidRequestError
 from mlx_edge.models.linears import replace_linears
@@ -73,6 +73,22 @@ class Sensitivity:
         damages = {name: tuple(row[i] for i in places) for name, row in self.damages.items()}
         return replace(self, candidates=tuple(candidates), damages=damages)
 
+    def join(self, parts: Mapping[str, Sequence[str]]) -> "Sensitivity":
+        """One row for all layers that are parts of one, their damages added up, as an allocation adds those of layers.
+
+        `parts` has every layer of the new table, with the layers of this one below another in it.
+        """
+        shapes = {
+            name: (sum(self.shapes[part][0] for part in of), self.shapes[of[0]][1])
+            for name, of in parts.items()
+        }
+        rows = {
+            name: zip(*(self.damages[part] for part in of), strict=True)
+            for name, of in parts.items()
+        }
+        damages = {name: tuple(map(_add_up, columns)) for name, columns in rows.items()}
+        return replace(self, shapes=shapes, damages=damages)
+
     def to_json(self) -> str:
         """As `from_json` reads it."""
         layers = {
@@ -123,6 +139,11 @@ class Sensitivity:
                     raise ValueError(
                         f"{name}, {packing}: damage is {damage!r}, expected nats from 0"
                     )
+
+
+def _add_up(damages: Sequence[float | None]) -> float | None:
+    known = [damage for damage in damages if damage is not None]
+    return sum(known) if len(known) == len(damages) else None
 
 
 def layer_shapes(model: LayerwiseModel) -> dict[str, tuple[int, int]]:
@@ -212,7 +233,7 @@ class _Measure:
     def _measure_embedding(self) -> None:
         name = self._model.config.family.embedding
         for place, table in self._variants(name, self._model.read_table()):
-            [hidden] = self._finish(0, [table.weight[self._rows]])
+            [hidden] = self._finish(0, [embed_with(table, self._rows, self._model.config)])
             head = table if self._model.is_tied else self._head.projection
             self._note(name, place, hidden, head)
 
@@ -247,7 +268,7 @@ class _Measure:
         return list(mx.split(together, len(states)))
 
     def _note(self, name: str, place: int, hidden: mx.array, projection: ops.Linear) -> None:
-        head = ops.HeadWeights(self._head.norm, projection)
+        head = replace(self._head, projection=projection)
         block = max(1, (1 << 22) // (hidden.shape[1] * self._model.config.vocab_size))
         total = 0.0
         for start in range(0, hidden.shape[0], block):

@@ -42,7 +42,7 @@ def quantize_smooth(
         scaled = ScaledLayer(model, layer, index, dtype)
         for fold in find_folds(model.config, index):
             linears = scaled.linears()
-            if fold.source not in linears:
+            if fold.source is not None and fold.source not in linears:
                 weights = [linears[name].weight for name in fold.targets]
                 largest = mx.array(sums[fold.targets[0]].largest.astype(np.float32))
                 scaled.fold(fold, smoothing_scales(largest, weights, alpha))

@@ -24,12 +24,12 @@ from mlx_edge.calibration.sensitivity import (
     measure_sensitivity,
 )
 from mlx_edge.calibration.text import BUILT_IN, Samples, cut_samples, read_text
+from mlx_edge.conversion.naming import StoredNames
 from mlx_edge.conversion.pipeline import Progress, Stored
 from mlx_edge.conversion.plan import Packings
 from mlx_edge.conversion.request import Bars, Request, TextRequest
 from mlx_edge.errors import InvalidRequestError, UnsupportedModelError
 from mlx_edge.models.config import ModelConfig
-from mlx_edge.models.tensors import find_prefix
 from mlx_edge.text import load_tokenizer
 from mlx_edge.weights import Checkpoint
 from mlx_edge.weights.writer import replacing
@@ -76,15 +76,17 @@ def allocate_bits(
     The table of damages is read from the file of the request, or from `kept`, where an earlier run left it; else it is
     measured. Afterwards it is in `kept`.
     """
-    _refuse_family(model, "measuring layers")
+    _refuse_experts(model, "measuring layers")
+    names = StoredNames(model)
     given = request.sensitivities
     known = next((p for p in (given, kept) if p is not None and p.is_file()), None)
     if known is not None:
         table = Sensitivity.from_json(_read(known))
-        table = table.select(layer_shapes(model), table.candidates, dtype)
+        table = table.select(names.shapes(layer_shapes(model)), table.candidates, dtype)
     else:
         on_progress = bars("Measuring each layer's sensitivity", "it")
-        table = measure_sensitivity(model, rows, CANDIDATES, dtype, on_progress=on_progress)
+        measured = measure_sensitivity(model, rows, CANDIDATES, dtype, on_progress=on_progress)
+        table = measured.join(names.parts)
     if known != kept:
         write_table(kept, table.to_json())
     if request.max_kl is None:
@@ -100,10 +102,11 @@ def _keep_below(
     The sum of the layers' damages is a guess, and a hopeful one, as the least of many noisy figures was chosen: what it
     misses by, the next guess aims lower.
     """
-    aim = max_kl
+    names, aim = StoredNames(model), max_kl
     for _ in range(MAX_AIMS):
         packings = allocate(table, target_bpw=None, max_kl=aim)
-        measured = compare(model, RoundedModel(model, packings, dtype), rows).kl_mean
+        rounded = RoundedModel(model, names.spread(packings), dtype)
+        measured = compare(model, rounded, rows).kl_mean
         if measured <= max_kl:
             return packings
         aim *= 0.95 * max_kl / measured
@@ -120,34 +123,26 @@ def calibrate(
 ) -> Stored:
     """The tensors that the request's method chooses, layer by layer, as they are stored.
 
-    Raises: UnsupportedModelError for a family whose tensors are not those of its linears.
+    Raises: UnsupportedModelError for a mixture of experts.
     """
-    _refuse_family(model, request.method)
+    _refuse_experts(model, request.method)
     module = import_module(f"mlx_edge.calibration.{request.method}")
     method = getattr(module, f"quantize_{request.method}")
     on_progress = bars(f"Calibrating ({request.method})", "it")
+    names = StoredNames(model)
     stored: Iterator[Mapping[str, mx.array]] = method(
-        model, rows, packings, dtype, on_progress=on_progress
+        model, rows, names.spread(packings), dtype, on_progress=on_progress
     )
-    return stored
+    return map(names.join, stored)
 
 
-def _refuse_family(model: LayerwiseModel, method: str) -> None:
-    """Methods that fold scales into norms and write matrices one by one know families that have both."""
+def _refuse_experts(model: LayerwiseModel, method: str) -> None:
+    """Each expert sees few rows of a text, and no method here counts them."""
     family = model.config.family
-    prefix, _ = find_prefix(model.checkpoint.names(), family.embedding)
-    found = {
-        "fused projections": family.fused_qkv or family.fused_gate_up,
-        "experts": family.experts,
-        "norms of 1 + weight": family.has_norm_offset,
-        "blocks without a norm before them": family.attention_norm is None,
-        f"tensors named {prefix}*": not family.embedding.startswith(prefix),
-    }
-    for what, is_so in found.items():
-        if is_so:
-            raise UnsupportedModelError(
-                f"{method} does not know {what}, which {family.model_type} has; leave the method out: rtn serves it"
-            )
+    if family.experts is not None:
+        raise UnsupportedModelError(
+            f"{method} does not know experts, which {family.model_type} has; leave the method out: rtn serves it"
+        )
 
 
 def fix_inputs(
@@ -157,16 +152,14 @@ def fix_inputs(
 
     Those keep floats: a few of their inputs are a hundred times the others, and one fixed step loses the rest.
     """
-    _refuse_family(model, "fixing inputs")
-    family = model.config.family
-    scales = static_scales(model, rows, on_progress=on_progress)
-    table = family.embedding if family.head not in packings else family.head
-    kept = {
-        name: scale
-        for name, scale in scales.items()
-        if packings.get(table if name == family.head else name) is not None
-        and not name.endswith(family.down)
-    }
+    _refuse_experts(model, "fixing inputs")
+    family, names = model.config.family, StoredNames(model)
+    kept: dict[str, float] = {}
+    for name, scale in static_scales(model, rows, on_progress=on_progress).items():
+        is_tied_head = name == family.head and model.is_tied
+        owner = names.of(family.embedding if is_tied_head else name)
+        if packings.get(owner) is not None and not name.endswith(family.down):
+            kept[names.of(name)] = scale  # linears in one tensor have the same inputs
     return {"activation_quantization": describe_scales(kept)}
 
 

@@ -25,8 +25,10 @@ from mlx_edge.conversion.calibrated import (
     write_table,
 )
 from mlx_edge.conversion.card import CARD_NAME, make_card
+from mlx_edge.conversion.experts import stack_experts
+from mlx_edge.conversion.finite import check_finite
 from mlx_edge.conversion.job import Job, open_job
-from mlx_edge.conversion.pipeline import Stored, check_finite, write_tensors
+from mlx_edge.conversion.pipeline import Stored, write_tensors
 from mlx_edge.conversion.plan import (
     DTYPES,
     Packings,
@@ -89,6 +91,7 @@ class _Converter:
         self, source: Source, request: Request, samples: Samples | None, bars: Bars
     ) -> None:
         self._source, self._request, self._bars = source, request, bars
+        self._tensors = stack_experts(source) if request.action == "quantize" else source
         self._given = samples
         self._started = time.perf_counter()
         _refuse_action(source, request)
@@ -161,7 +164,7 @@ class _Converter:
             return make_copy_plan(source, dtype)
         if request.action != "quantize":
             return make_plan(source, {}, dtype)
-        return make_plan(source, self._choose_packings(job, samples), dtype, self._default)
+        return make_plan(self._tensors, self._choose_packings(job, samples), dtype, self._default)
 
     def _fix_inputs(self, job: Job, plan: Plan, samples: Samples | str) -> Plan:
         """The plan with the int8 steps of its quantized layers' inputs, if they were asked for."""
@@ -181,7 +184,7 @@ class _Converter:
 
     def _choose_packings(self, job: Job, samples: Samples | str) -> Packings:
         source, request = self._source, self._request
-        layers = find_layers(source)
+        layers = find_layers(self._tensors)
         if request.recipe is not None:
             num_layers = int(source.config.get("num_hidden_layers", 0))
             return mix(request.recipe, layers, num_layers, request.packing.group_size)
@@ -215,7 +218,7 @@ class _Converter:
         ):
             _check_space(job.folder, plan.num_bytes - writer.written_bytes)
             write_tensors(
-                self._source,
+                self._tensors,
                 plan,
                 writer,
                 rounding=request.rounding,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_edge.conversion.finite import require_finite
 from mlx_edge.conversion.plan import Plan, cast_of, scale_dtype
 from mlx_edge.conversion.source import PACKED_PARTS, Source
-from mlx_edge.errors import ModelFormatError
 from mlx_edge.ops.types import Quantized
 from mlx_edge.quant import (
     Granularity,
@@ -26,13 +26,6 @@ from mlx_edge.quant import (
 from mlx_edge.weights.stream_writer import StreamWriter
 
 BLOCK_ELEMENTS = 1 << 21  # that are float32 at once: some 20 bytes for each while they are packed
-
-# Floats as words, and the bits of their exponents.
-_EXPONENTS = {
-    mx.float16: (mx.uint16, 0x7C00),
-    mx.bfloat16: (mx.uint16, 0x7F80),
-    mx.float32: (mx.uint32, 0x7F800000),
-}
 
 Progress = Callable[[int, int], None]
 Stored = Iterator[Mapping[str, mx.array]]  # tensors by name, as they are written
@@ -89,14 +82,6 @@ def write_tensors(
     writer.finish()
 
 
-def check_finite(source: Source) -> None:
-    """Raises ModelFormatError naming the first tensor with a NaN or an infinity: before a calibration is misled."""
-    for name in source.names():
-        if mx.issubdtype(source.dtype(name), mx.floating):
-            for block, _ in _blocks(source.read(name)):
-                _require_finite(source, name, block)
-
-
 def _group(plan: Plan) -> dict[str, list[str]]:
     """The tensors to be read -> those that are made of each, in the plan's order."""
     groups: dict[str, list[str]] = {}
@@ -114,8 +99,8 @@ def _copy(
     stored = cast_of(source.dtype(name), plan.dtype)
     for block, row in _blocks(source.read(name)):
         if block.dtype != stored:
-            _require_finite(source, name, block)
-            _require_finite(source, name, block.astype(stored))
+            require_finite(source, name, block)
+            require_finite(source, name, block.astype(stored))
         yield {name: block.astype(stored)}, row
 
 
@@ -138,15 +123,15 @@ def _convert(
         stored = cast_of(source.dtype(name), plan.dtype)
     if packing is None:
         for block, row in blocks:
-            _require_finite(source, name, block)
+            require_finite(source, name, block)
             cast = block.astype(stored)
-            _require_finite(source, name, cast)
+            require_finite(source, name, cast)
             yield {name: cast}, row
         return
     dtype = scale_dtype(source, layer, plan.dtype)
     grid = _whole_grid(source, name, packing, dtype, rounding)
     for block, row in blocks:
-        _require_finite(source, name, block)
+        require_finite(source, name, block)
         yield stored_tensors(layer, _pack(block, packing, dtype, rounding, grid)), row
 
 
@@ -178,7 +163,12 @@ def _whole_grid(
 
 
 def _blocks(tensor: mx.array) -> Iterator[tuple[mx.array, int]]:
-    """A tensor in blocks of rows, each with its first row; what is small or has no rows in one."""
+    """A tensor in blocks of rows, each with its first row; what is small or has no rows in one.
+
+    Of more than two axes all but the last are one run of rows.
+    """
+    if tensor.ndim > 2:
+        tensor = tensor.reshape(-1, tensor.shape[-1])
     if tensor.ndim < 2 or tensor.size <= BLOCK_ELEMENTS:
         yield tensor, 0
         return
@@ -191,8 +181,13 @@ def _unpacked_blocks(source: Source, layer: str) -> Iterator[tuple[mx.array, int
     """The float32 values of a packed weight, in blocks of rows."""
     packing = source.quantized(layer)
     assert packing is not None
-    weight, scales = (source.read(f"{layer}.{part}") for part in ("weight", "scales"))
-    offsets = source.read(f"{layer}.biases") if packing.mode == "affine" else None
+
+    def read(part: str) -> mx.array:
+        array = source.read(f"{layer}.{part}")
+        return array.reshape(-1, array.shape[-1])
+
+    weight, scales = read("weight"), read("scales")
+    offsets = read("biases") if packing.mode == "affine" else None
     columns = weight.shape[-1] * 32 // packing.bits
     rows = max(1, BLOCK_ELEMENTS // max(1, columns))
     for row in range(0, weight.shape[0], rows):
@@ -206,24 +201,3 @@ def _unpacked_blocks(source: Source, layer: str) -> Iterator[tuple[mx.array, int
             packing.mode,
         )
         yield dequantize(block), row
-
-
-def _require_finite(source: Source, name: str, block: mx.array) -> None:
-    if _is_finite(block):
-        return
-    kind = "a NaN" if mx.isnan(block).any().item() else "an infinity"
-    raise ModelFormatError(
-        f"{source.name}: found {kind} in tensor {name} (as {str(block.dtype).removeprefix('mlx.core.')}); "
-        "expected finite weights; get the model again, or give a --dtype with a wider range"
-    )
-
-
-def _is_finite(block: mx.array) -> bool:
-    """By the bits: a float whose exponent is all ones is a NaN or an infinity. MLX's `isfinite` is slower."""
-    import numpy as np  # slow to import
-
-    if block.dtype not in _EXPONENTS or not block.size:
-        return True
-    words, exponent = _EXPONENTS[block.dtype]
-    bits = np.asarray(mx.contiguous(block).view(words))
-    return bool(np.bitwise_and(bits, bits.dtype.type(exponent)).max() != exponent)

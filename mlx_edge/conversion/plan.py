@@ -59,24 +59,24 @@ class Plan:
 def find_layers(source: Source) -> dict[str, tuple[int, int]]:
     """Linears, embedding and head of a source, in its order: name -> rows and columns of the matrix that is meant.
 
-    Raises: UnsupportedModelError for a mixture of experts, whose matrices mlx-lm stacks when it loads them.
+    The experts of a layer are one matrix below another, and must have been stacked (`experts.stack_experts`).
+
+    Raises: UnsupportedModelError for mixtures of experts of other families, which are stacked in ways of their own.
     """
-    words = _linear_words(source)
+    words, experts = _linear_words(source), _stacked_experts(source)
     layers: dict[str, tuple[int, int]] = {}
     for name in written_names(source):
         layer = name.removesuffix(".weight")
         shape = meant_shape(source, name)
-        is_expert = len(shape) > 1 and any(part in name for part in _EXPERTS)
-        if layer == name or not (is_expert or (len(shape) == 2 and layer.endswith(words))):
-            continue
-        if layer.startswith(VISION_PREFIXES):  # small beside the text, and it suffers more
-            continue
-        if is_expert:
+        if layer == name or len(shape) < 2 or layer.startswith(VISION_PREFIXES):
+            continue  # what sees is small beside the text, and suffers more
+        if any(part in name for part in _EXPERTS) and not layer.endswith(experts):
             raise UnsupportedModelError(
-                f"{source.name}: {name} belongs to a mixture of experts, which cannot be quantized here yet; "
-                "leave -q out, or use mlx_lm.convert"
+                f"{source.name}: {name} belongs to a mixture of experts of a family that is not defined here, which "
+                "cannot be quantized; leave -q out, or use mlx_lm.convert"
             )
-        layers[layer] = (shape[0], shape[1])
+        if len(shape) == 2 and layer.endswith(words) or layer.endswith(experts):
+            layers[layer] = (prod(shape[:-1]), shape[-1])
     return layers
 
 
@@ -92,6 +92,11 @@ def _linear_words(source: Source) -> tuple[str, ...]:
     words = (embedding, f.head, f.query, f.key, f.value, f.output, f.gate, f.up, f.down)
     fused = (f.fused_qkv, f.fused_gate_up)
     return (*words, *(word for word in fused if word is not None))
+
+
+def _stacked_experts(source: Source) -> tuple[str, ...]:
+    family = FAMILIES.get(str(source.config.get("model_type")))
+    return () if family is None or family.experts is None else family.experts.stacked_matrices
 
 
 def written_names(source: Source) -> list[str]:
@@ -216,11 +221,11 @@ def _plan_tensors(
         shape, packing = meant_shape(source, name), packings.get(layer)
         is_weight = layer != name
         if is_weight and packing is not None:
-            rows, columns = shape
+            *rows, columns = shape
             floats = scale_dtype(source, layer, dtype)
             is_affine = packing.mode == "affine"
-            grid = (rows, columns // packing.group_size)
-            words = (rows, columns * packing.bits // 32)
+            grid = (*rows, columns // packing.group_size)
+            words = (*rows, columns * packing.bits // 32)
             yield describe_tensor(name, mx.uint32, words)
             yield describe_tensor(f"{layer}.scales", floats if is_affine else mx.uint8, grid)
             if is_affine:

@@ -79,6 +79,11 @@ class Experts:
     num_key: str = "num_local_experts"
     size_key: str = "intermediate_size"
 
+    @property
+    def stacked_matrices(self) -> tuple[str, str, str]:
+        """What mlx-lm calls gate, up and down of all experts of a layer."""
+        return f"{self.stacked}gate_proj", f"{self.stacked}up_proj", f"{self.stacked}down_proj"
+
 
 _SANDWICH: Mapping[str, Any] = {  # norms before and after both blocks
     "attention_post_norm": "post_attention_layernorm",

@@ -43,6 +43,24 @@ def replace_linears(
     )
 
 
+def stored_parts(config: ModelConfig, index: int) -> dict[str, tuple[str, ...]]:
+    """The linears of layer `index`, by the family's name of what holds them: one, or several one below another."""
+    family = config.family
+    prefix = family.layer.format(index=index)
+    fused = {
+        family.fused_qkv: (family.query, family.key, family.value),
+        family.fused_gate_up: (family.gate, family.up),
+    }
+    holder = {
+        prefix + word: prefix + name for name, words in fused.items() if name for word in words
+    }
+    parts: dict[str, tuple[str, ...]] = {}
+    for linear in _names(config, index).values():
+        name = holder.get(linear, linear)
+        parts[name] = (*parts.get(name, ()), linear)
+    return parts
+
+
 def _names(config: ModelConfig, index: int) -> dict[tuple[str, str], str]:
     family = config.family
     prefix = family.layer.format(index=index)

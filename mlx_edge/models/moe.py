@@ -110,15 +110,19 @@ def _read_fused(
         f"{prefix}gate_up_proj", count, 2 * inner, hidden_size, names.is_transposed
     )
     down = tensors.fused(f"{prefix}down_proj", count, hidden_size, inner, names.is_transposed)
-    parts = {"gate": _part(gate_up, 0, names), "up": _part(gate_up, 1, names), "down": down}
+    parts = {
+        "gate": gate_or_up(gate_up, 0, names),
+        "up": gate_or_up(gate_up, 1, names),
+        "down": down,
+    }
     biases = dict.fromkeys(parts)
     if names.has_bias:
         both = tensors.array(f"{prefix}gate_up_proj_bias", (count, 2 * inner))
-        biases["gate"], biases["up"] = _part(both, 0, names), _part(both, 1, names)
+        biases["gate"], biases["up"] = gate_or_up(both, 0, names), gate_or_up(both, 1, names)
         biases["down"] = tensors.array(f"{prefix}down_proj_bias", (count, hidden_size))
     return {part: tensors.place(stack, biases[part]) for part, stack in parts.items()}
 
 
-def _part(gate_up: mx.array, index: int, names: Experts) -> mx.array:
-    """Gate (0) or up (1) of both (X, 2 F, ...)."""
+def gate_or_up(gate_up: mx.array, index: int, names: Experts) -> mx.array:
+    """Gate (0) or up (1) of both of them fused (X, 2 F, ...)."""
     return gate_up[:, index::2] if names.is_transposed else mx.split(gate_up, 2, axis=1)[index]

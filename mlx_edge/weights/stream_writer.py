@@ -8,6 +8,7 @@ whole; shards that an earlier run has finished are recognised and left alone. Kn
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -71,6 +72,7 @@ class StreamWriter:
     def put(self, name: str, array: mx.array, first_row: int = 0) -> None:
         """Writes a tensor, or those of its rows that begin with `first_row`; each row once.
 
+        Of a piece with fewer axes than its tensor the tensor's first ones are one run of rows.
         What is in a whole shard already is skipped. Raises: InvalidRequestError if the disk refuses.
         """
         self._shard_of[name].put(name, array, first_row)
@@ -135,9 +137,13 @@ class _Shard:
         if self.is_whole:
             return
         plan = self._plans[name]
-        rows = plan.shape[0] if plan.shape else 1
-        found = TYPE_NAMES.get(array.dtype), array.shape[1:], array.shape[:1] <= plan.shape[:1]
-        assert found == (plan.dtype, plan.shape[1:], True), f"{name}: {array.dtype} {array.shape}"
+        shape = plan.shape
+        if 0 < array.ndim < len(shape):
+            inner = len(shape) + 1 - array.ndim
+            shape = (prod(shape[:inner]), *shape[inner:])
+        rows = shape[0] if shape else 1
+        found = TYPE_NAMES.get(array.dtype), array.shape[1:], array.shape[:1] <= shape[:1]
+        assert found == (plan.dtype, shape[1:], True), f"{name}: {array.dtype} {array.shape}"
         assert array.nbytes <= self.left[name], f"{name}: put twice"
         begin = self._begins[name] + (first_row * (plan.num_bytes // rows) if rows else 0)
         with disk_errors(self._path):

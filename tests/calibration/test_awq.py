@@ -50,7 +50,9 @@ def random_scales(size: int, seed: int) -> mx.array:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("name", ["llama2", "llama-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama2", "llama-bias", "qwen2", "qwen3", "gemma3", "granite", "olmo2"]
+)
 def test_a_scaled_layer_computes_the_same(name: str, dtype: mx.Dtype, tmp_path: Path) -> None:
     """Also where norms are rounded: their weights make up for it."""
     model = open_model(tiny_folder(tmp_path / "m", name))
@@ -60,9 +62,12 @@ def test_a_scaled_layer_computes_the_same(name: str, dtype: mx.Dtype, tmp_path: 
     config = model.config
     sizes = [64, config.num_kv_heads * config.head_dim, 64, 96]
     for seed, (fold, size) in enumerate(zip(find_folds(config, 0), sizes, strict=True)):
-        scaled.fold(fold, random_scales(size, seed))
-    for linear, old in zip(scaled.linears().values(), before.values(), strict=True):
-        assert not mx.allclose(linear.weight, old.weight, rtol=0.1)
+        if fold.source is not None:
+            scaled.fold(fold, random_scales(size, seed))
+    assert name == "olmo2" or None not in (fold.source for fold in find_folds(config, 0))
+    touched = [n for fold in find_folds(config, 0) if fold.source for n in fold.targets]
+    for linear in touched:
+        assert not mx.allclose(scaled.linears()[linear].weight, before[linear].weight, rtol=0.1)
     wanted, found = forward_layer(layer, hidden), forward_layer(scaled.layer, hidden)
     change = mx.abs(wanted - hidden).max()
     assert mx.abs(found - wanted).max() < 2e-5 * change

@@ -37,7 +37,7 @@ def open_folder() -> Iterator[Open]:
         checkpoint.close()
 
 
-@pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
+@pytest.fixture(scope="module", params=["llama-tied", "qwen2", "granite"])
 def model(
     request: pytest.FixtureRequest, open_folder: Open, tmp_path_factory: pytest.TempPathFactory
 ) -> LayerwiseModel:

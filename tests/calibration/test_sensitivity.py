@@ -29,7 +29,7 @@ CANDIDATES = (Packing(64, 3), Packing(32, 4), Packing(32, 4, "mxfp4"))
 ROWS = mx.random.randint(0, 131, (3, 9), key=mx.random.key(1)).astype(mx.int32)
 
 
-@pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
+@pytest.fixture(scope="module", params=["llama-tied", "qwen2", "granite"])
 def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LayerwiseModel]:
     config = CONFIGS[request.param]
     folder = save_model(make_model(config), config, tmp_path_factory.mktemp("tiny"))
@@ -56,14 +56,15 @@ def logits_with(model: LayerwiseModel, changed: str, packing: Packing | None) ->
     table = ops.Dense(model.checkpoint.read("model.embed_tokens.weight").astype(mx.float32))
     table = values("model.embed_tokens", table)
     projection = values("lm_head", head.projection) if "lm_head.weight" in names else table
-    hidden = table.weight[ROWS]
+    hidden = table.weight[ROWS] * model.config.scales.embedding
     for index in range(model.num_layers):
         layer = model.read_layer(index)
         linears = model.find_linears(layer, index)
         dense = {name: values(name, linear) for name, linear in linears.items()}
         hidden = forward_layer(replace_linears(layer, model.config, index, dense), hidden)
     with ops.reference():
-        return ops.head(hidden, ops.HeadWeights(head.norm, projection))
+        scale = model.config.scales.logits
+        return ops.head(hidden, ops.HeadWeights(head.norm, projection, scale))
 
 
 def test_damage_is_that_of_the_whole_model(model: LayerwiseModel, table: Sensitivity) -> None:
@@ -80,7 +81,7 @@ def test_damage_is_that_of_the_whole_model(model: LayerwiseModel, table: Sensiti
 
 def test_every_layer_is_in_the_table(model: LayerwiseModel, table: Sensitivity) -> None:
     assert table.shapes == layer_shapes(model)
-    assert len(table.shapes) == 3 * 7 + (1 if "llama" in model.config.family.model_type else 2)
+    assert len(table.shapes) == 3 * 7 + (1 if model.is_tied else 2)
     assert table.shapes["model.layers.2.mlp.down_proj"] == (64, 96)
     assert table.damages["model.layers.2.mlp.down_proj"][0] is None  # 96 columns, groups of 64
     assert table.num_tokens == 27

@@ -1,7 +1,6 @@
 """What sets families apart: how weights are saved, names with prefixes, and configurations that do not fit."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,58 +15,16 @@ from mlx_edge.errors import MLXEdgeError, ModelFormatError, UnsupportedModelErro
 from mlx_edge.models.config import ModelConfig
 from mlx_edge.models.decoder import Decoder, Layer
 from mlx_edge.models.load import load_model
-from mlx_edge.weights.writer import write_checkpoint
-from tests.models.test_goldens import FOLDER, read_golden, write_model
+from tests.models.expert_forms import Tensors, fuse_experts, stack_experts, write_changed
+from tests.models.test_goldens import FOLDER, read_golden
 from tests.models.tiny import CONFIGS, make_model, save_model
 
-Tensors = dict[str, mx.array]
 TOKENS = mx.array([[5, 3, 8, 1, 9, 2, 30, 7]])
 
 
 def load_changed(name: str, folder: Path, change: Callable[[Tensors], Tensors]) -> Decoder:
     """The golden's model with its tensors in another form."""
-    golden = read_golden(FOLDER / f"{name}.json")
-    write_model(golden, "saved", folder)
-    tensors = mx.load(str(next(folder.glob("*.safetensors"))))
-    assert isinstance(tensors, dict)
-    mx.eval(list(tensors.values()))
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    write_checkpoint(folder, change(tensors))
-    return load_model(folder)
-
-
-def collect(tensors: Tensors) -> dict[tuple[str, str], list[mx.array]]:
-    """Takes the matrices of single experts out: by what stands before `experts.`, and their own name."""
-    found: dict[tuple[str, str], dict[int, mx.array]] = {}
-    for key in list(tensors):
-        if match := re.fullmatch(r"(.*)experts\.(\d+)\.(\w+)\.weight", key):
-            before, index, name = match.groups()
-            found.setdefault((before, name), {})[int(index)] = tensors.pop(key)
-    assert found
-    return {key: [by_index[i] for i in sorted(by_index)] for key, by_index in found.items()}
-
-
-MLX_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-
-
-def stack_experts(tensors: Tensors) -> Tensors:
-    """As mlx-lm saves them."""
-    for (before, name), matrices in collect(tensors).items():
-        word = MLX_NAMES.get(name, name)
-        tensors[f"{before}switch_mlp.{word}.weight"] = mx.stack(matrices)
-    return tensors
-
-
-def fuse_experts(tensors: Tensors) -> Tensors:
-    """As transformers 5 holds them."""
-    found = collect(tensors)
-    for before in {before for before, _ in found}:
-        own = {MLX_NAMES.get(n, n): mx.stack(found[b, n]) for b, n in found if b == before}
-        both = mx.concatenate([own["gate_proj"], own["up_proj"]], axis=1)
-        tensors[f"{before}experts.gate_up_proj"] = both
-        tensors[f"{before}experts.down_proj"] = own["down_proj"]
-    return tensors
+    return load_model(write_changed(name, folder, change))
 
 
 @pytest.mark.parametrize("form", [stack_experts, fuse_experts])
