@@ -56,6 +56,7 @@ class Effort:
 
 FULL = Effort(3, 256, 16, 512, 48, 7, is_quick=False)
 QUICK = Effort(1, 128, 8, 128, 24, 5, is_quick=True)
+LARGER = replace(FULL, num_samples=1, held_rows=256)  # of another model than pocket
 
 
 class ModelBench:
@@ -174,7 +175,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for name in ["pocket", *args.model]:
-            bench = ModelBench(find_model(name), work, effort)
+            bench = ModelBench(
+                find_model(name), work, effort if name == "pocket" or args.quick else LARGER
+            )
             result["models"][bench.source.name] = {
                 "items": len(bench.items),
                 "held_out_tokens": bench.held_out.num_tokens,

@@ -55,9 +55,8 @@ def draw_front(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
 def draw(result: dict[str, Any], path: Path) -> None:
     """KL and lost answers of every model, and the speeds."""
     models = result["models"]
-    figure, grid = plt.subplots(
-        len(models) + 1, 2, figsize=(13, 5 * len(models) + 3), squeeze=False
-    )
+    num_lines = len(models) + len(models) // 2 + 1  # a speed more than there are models
+    figure, grid = plt.subplots(num_lines, 2, figsize=(13, 5 * len(models) + 3), squeeze=False)
     for line, (name, model) in zip(grid, models.items(), strict=False):
         rows = [row for row in model["rows"] if row["bits_per_weight"] < 15]
         draw_front(line[0], rows, "kl")
@@ -68,7 +67,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         line[1].set_title(f"{name}: exact answers lost, %", size=10)
     speeds = [(result["speed"]["shape"], result["speed"]["rates"])]
     speeds += [(name, model["speed"]) for name, model in models.items()]
-    for axes, (name, rates) in zip(grid[-1], speeds, strict=False):
+    places = grid[len(models) :].flatten()
+    for axes in places[len(speeds) :]:
+        axes.set_axis_off()
+    for axes, (name, rates) in zip(places, speeds, strict=False):
         for index, (case, rate) in enumerate(reversed(rates.items())):
             low, high = rate["spread"]
             axes.barh(index, rate["ratio"], color=COLORS[method(case)])

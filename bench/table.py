@@ -181,10 +181,30 @@ def make_metal_table() -> str:
     return make_counts_table(json.loads(counts.read_text())) if counts.exists() else ""
 
 
+# The formats that the README shows; all of them stand in bench/results/quantization.md.
+FORMAT_CELLS = 8
+SHOWN_FORMATS = (
+    *("float32", "float16", "rtn 8 bit g64", "smooth 8 bit g64", "mxfp8", "rtn 6 bit g64", "mxfp4"),
+    *(f"{method} 4 bit g64" for method in ("rtn", "gptq", "awq", "dwq")),
+    *("rtn mixed 4.5", "gptq mixed 4.5", "rtn 3 bit g64", "gptq 3 bit g64"),
+)
+
+
 def make_quantization_table() -> str:
-    """What the README shows of quantization: the report that bench/quantization_report.py made."""
+    """What the README shows of quantization: the report of bench/quantization_report.py with fewer formats."""
     report = RESULTS / "quantization.md"
-    return report.read_text() if report.exists() else ""
+    if not report.exists():
+        return ""
+    return "".join(line for line in report.read_text().splitlines(True) if _is_shown(line))
+
+
+def _is_shown(line: str) -> bool:
+    """Not a format's row among those of a model, or one of those formats that are shown."""
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    is_format = (
+        len(cells) == FORMAT_CELLS and cells[-1].endswith(")") and cells[-1] != "lost (95 %)"
+    )
+    return not is_format or cells[0] in SHOWN_FORMATS
 
 
 def make_serving_table() -> str:

@@ -75,7 +75,7 @@ def find_layers(source: Source) -> dict[str, tuple[int, int]]:
                 f"{source.name}: {name} belongs to a mixture of experts of a family that is not defined here, which "
                 "cannot be quantized; leave -q out, or use mlx_lm.convert"
             )
-        if len(shape) == 2 and layer.endswith(words) or layer.endswith(experts):
+        if (len(shape) == 2 and layer.endswith(words)) or layer.endswith(experts):
             layers[layer] = (prod(shape[:-1]), shape[-1])
     return layers
 

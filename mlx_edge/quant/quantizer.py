@@ -40,7 +40,8 @@ class Quantizer:
 
     `bits` of a weight are 2, 3, 4, 5, 6 or 8 in groups of 32, 64 or 128 columns. `symmetric` grids have zero in the
     middle; a scale is chosen `per` group, channel (row) or tensor, and stored for each group. What `keep` names stays
-    as it is: paths as in "head" or "layers.0.mlp.down", with all below them, or a function of a path.
+    as it is: paths as in "head" or "layers.0.mlp.down", with all below them, or a function of a path. The routers of
+    mixtures of experts stay, too; experts are rounded without a look at a text, and their inputs have no fixed steps.
 
     Raises: InvalidRequestError for what is not one of these.
     """
@@ -89,7 +90,11 @@ class Quantizer:
                 "QuantMode.STATIC fixes the steps of inputs by a text; call with_calibration(tokens) first"
             )
         found = {id(one.weight): one for one in find_weights(model)}
-        wanted = {key: one for key, one in found.items() if not self._is_kept(one.name)}
+        wanted = {
+            key: one
+            for key, one in found.items()
+            if one.role != "router" and not self._is_kept(one.name)
+        }
         self._refuse_unknown(tuple(one.name for one in found.values()))
         statistics = self._measure(model, found, wanted) if self.calibration else {}
         made: dict[int, ops.Linear] = {}
@@ -129,7 +134,7 @@ class Quantizer:
         watched = {
             id(floats[key]): InputStatistics(one.name)
             for key, one in wanted.items()
-            if one.is_multiplied
+            if one.role == "linear"
         }
 
         def watch(linear: ops.Linear, x: mx.array) -> None:

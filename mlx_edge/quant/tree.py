@@ -5,7 +5,7 @@ Knows the ops' records and nothing of the model around them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from mlx_edge import ops
 
@@ -16,26 +16,31 @@ class FoundWeight:
 
     name: str  # its path
     weight: ops.Linear
-    is_multiplied: bool  # not only a table to look up in
+    # A table is only looked up in; a router chooses among experts, each of which meets rows of its own.
+    role: Literal["linear", "table", "router", "expert"]
 
 
 def find_weights(model: object) -> list[FoundWeight]:
     """The weights of a model, each once, in the order of its records."""
     found: dict[int, FoundWeight] = {}
-    for name, weight, is_multiplied in _walk(model, ()):
-        known = found.get(id(weight))
+    for one in _walk(model, ()):
+        known = found.get(id(one.weight))
         if known is None:
-            found[id(weight)] = FoundWeight(name, weight, is_multiplied)
-        elif is_multiplied:
-            found[id(weight)] = replace(known, is_multiplied=True)
+            found[id(one.weight)] = one
+        elif known.role == "table":  # it is the head, too
+            found[id(one.weight)] = replace(known, role=one.role)
     return list(found.values())
 
 
-def _walk(part: object, path: tuple[str, ...]) -> Iterator[tuple[str, ops.Linear, bool]]:
+def _walk(part: object, path: tuple[str, ...]) -> Iterator[FoundWeight]:
     if isinstance(part, ops.Embedding):
-        yield ".".join((*path, "table")), part.table, False
+        yield FoundWeight(".".join((*path, "table")), part.table, "table")
+    elif isinstance(part, ops.MoEWeights):
+        yield FoundWeight(".".join((*path, "router")), part.router, "router")
+        for name, weight in (("gate", part.gate), ("up", part.up), ("down", part.down)):
+            yield FoundWeight(".".join((*path, name)), weight, "expert")
     elif isinstance(part, ops.Dense | ops.Quantized | ops.Packed):
-        yield ".".join(path), part, True
+        yield FoundWeight(".".join(path), part, "linear")
     elif isinstance(part, tuple):
         for index, item in enumerate(part):
             yield from _walk(item, (*path, str(index)))

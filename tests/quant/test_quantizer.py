@@ -280,3 +280,20 @@ def test_layers_of_both_kinds_run_together(folder: Path) -> None:
         quantized = quantizer.quantize(model)
         assert len(names(quantized, ops.Packed)) >= 1
         assert 0 < error(model, quantized) < 0.05
+
+
+@pytest.mark.parametrize("mode", [DYNAMIC, STATIC])
+def test_routers_stay_and_experts_need_no_text(mode: QuantMode, tmp_path: Path) -> None:
+    config = CONFIGS["gpt_oss"]
+    with ops.reference():
+        model = load_model(save_model(make_model(config), config, tmp_path))
+        quantizer = Quantizer(mode, group_size=32).with_calibration(TOKENS)
+        quantized = quantizer.quantize(model)
+        assert 0 < error(model, quantized) < 0.1
+    roles = {one.name: one.role for one in find_weights(model)}
+    assert roles["layers.0.mlp.router"] == "router" and roles["layers.0.mlp.up"] == "expert"
+    assert names(quantized, ops.Dense) == [n for n, role in roles.items() if role == "router"]
+    steps = {one.name: getattr(one.weight, "input_scale", None) for one in find_weights(quantized)}
+    has_step = {name for name, step in steps.items() if step is not None}
+    linears = {name for name, role in roles.items() if role == "linear"}
+    assert has_step == (linears if mode is STATIC else set())
