@@ -2,6 +2,7 @@
 
     python -m bench.quantization --json bench/results/quantization.json     # pocket; with --model also a larger one
     python -m bench.quantization --quick --json OUT                         # under 5 minutes
+    python -m bench.quantization --speeds bench/results/quantization.json   # its speeds once more, in a quieter hour
 
 Each folder is made by `mlx_edge.conversion` and run by `load`. Formulas, and what would make a figure pass wrongly, are
 in bench/README.md.
@@ -38,7 +39,12 @@ from mlx_edge.conversion.calibrated import open_model
 from mlx_edge.models.load import load, load_model
 from mlx_edge.weights.hub import find_model
 
-SPEED_CASES = (FLOAT32.name, "float16", INT8, UNIFORM, "rtn 4 bit g32")
+# Each format once: how its codes were chosen does not change its speed. MLX multiplies mxfp8 and nvfp4 on a CPU by
+# itself, tens of times slower than the kernels: a run would wait for them alone.
+SPEED_CASES = (
+    *(FLOAT32.name, "float16", INT8, "rtn 6 bit g64", "rtn 5 bit g64", "rtn 4 bit g32", UNIFORM),
+    *("rtn 4 bit g128", "mxfp4", "rtn 3 bit g64", "rtn 2 bit g64"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ def measure_speed(folders: dict[str, Path], effort: Effort) -> dict[str, Any]:
 
 def make_speed_folders(work: Path, effort: Effort) -> tuple[str, dict[str, Path]]:
     """A model that no cache of a processor holds, in the formats whose speed is compared."""
+    work.mkdir(exist_ok=True)
     shape = SHAPES["qwen3-0.6b"]
     if effort.is_quick:
         shape = replace(shape, name="qwen3-0.6b, 8 of 28 layers", num_layers=8, vocab_size=32000)
@@ -159,9 +166,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer formats, rows and rounds")
     parser.add_argument("--model", action="append", default=[], help="a larger pocket's folder")
     parser.add_argument("--only", help="cases whose name has this word, beside float32")
+    parser.add_argument("--speeds", type=Path, help="a full run's result; its speeds are replaced")
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--plot", type=Path, help="where to draw it; needs matplotlib")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = (
+            replace_speeds(args.speeds, Path(folder)) if args.speeds else run(args, Path(folder))
+        )
+    summarize(result)
+    print(make_table(result))
+    if target := args.json or args.speeds:
+        target.write_text(json.dumps(result, indent=1) + "\n")
+        target.with_suffix(".md").write_text(make_table(result))
+    if args.plot:
+        from bench.quantization_plot import draw
+
+        draw(result, args.plot)
+
+
+def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The whole measurement."""
     effort = QUICK if args.quick else FULL
     cases = [case for case in CASES if case.is_quick or not args.quick]
     if args.only:
@@ -172,32 +197,33 @@ def main() -> None:
         "mode": "quick" if args.quick else "full",
         "models": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for name in ["pocket", *args.model]:
-            bench = ModelBench(
-                find_model(name), work, effort if name == "pocket" or args.quick else LARGER
-            )
-            result["models"][bench.source.name] = {
-                "items": len(bench.items),
-                "held_out_tokens": bench.held_out.num_tokens,
-                "rows": bench.run(cases),
-                "speed": measure_speed(
-                    {c.name: bench.folder(c) for c in cases if c.name in SPEED_CASES}, effort
-                ),
-            }
-            mx.clear_cache()
-        shape, folders = make_speed_folders(work, effort)
-        result["speed"] = {"shape": shape, "rates": measure_speed(folders, effort)}
-    summarize(result)
-    print(make_table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(make_table(result))
-    if args.plot:
-        from bench.quantization_plot import draw
+    for name in ["pocket", *args.model]:
+        is_main = name == "pocket" or args.quick
+        bench = ModelBench(find_model(name), work, effort if is_main else LARGER)
+        result["models"][bench.source.name] = {
+            "items": len(bench.items),
+            "held_out_tokens": bench.held_out.num_tokens,
+            "rows": bench.run(cases),
+            "speed": measure_speed(
+                {c.name: bench.folder(c) for c in cases if c.name in SPEED_CASES}, effort
+            ),
+        }
+        mx.clear_cache()
+    return result | {"speed": measure_shape(work, effort)}
 
-        draw(result, args.plot)
+
+def measure_shape(work: Path, effort: Effort) -> dict[str, Any]:
+    """The speeds that the summary has."""
+    shape, folders = make_speed_folders(work, effort)
+    return {"shape": shape, "rates": measure_speed(folders, effort)}
+
+
+def replace_speeds(path: Path, work: Path) -> dict[str, Any]:
+    """A result with the speeds of the shape measured once more."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    if result["mode"] != "full":
+        raise SystemExit(f"{path} is of a quick run; give the result of a full one")
+    return result | {"speed": measure_shape(work, FULL)}
 
 
 if __name__ == "__main__":
