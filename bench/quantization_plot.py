@@ -62,7 +62,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         draw_front(line[0], rows, "kl")
         line[0].set_yscale("log")
         line[0].set_title(f"{name}: KL from the float model, nats per token", size=10)
-        draw_front(line[1], [row | {"lost": 100 * row["loss"]} for row in rows], "lost")
+        answered = [row for row in rows if row["loss"] is not None]
+        draw_front(line[1], [row | {"lost": 100 * row["loss"]} for row in answered], "lost")
         line[1].set_yscale("symlog", linthresh=1)
         line[1].set_title(f"{name}: exact answers lost, %", size=10)
     speeds = [(result["speed"]["shape"], result["speed"]["rates"])]

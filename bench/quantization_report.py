@@ -102,12 +102,18 @@ def _model_table(name: str, model: Result) -> list[str]:
             f"{row['kl']:.4f}{spread}",
             f"{100 * row['top1']:.1f} %",
             f"{row['perplexity']:.3f}",
-            f"{100 * row['exact_match']:.1f} %",
-            f"{100 * row['loss']:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f})",
+            *_answer_cells(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     items, tokens = model["items"], model["held_out_tokens"]
     return [*lines, "", f"{items} items, KL over {tokens} tokens, none of them in training."]
+
+
+def _answer_cells(row: Result) -> tuple[str, str]:
+    if row["exact_match"] is None:
+        return "not run", "not run"
+    lost = f"{100 * row['loss']:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+    return f"{100 * row['exact_match']:.1f} %", lost
 
 
 def _speed_table(speed: Result) -> list[str]:

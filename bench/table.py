@@ -186,6 +186,7 @@ FORMAT_CELLS = 8
 SHOWN_FORMATS = (
     *("float32", "float16", "rtn 8 bit g64", "smooth 8 bit g64", "mxfp8", "rtn 6 bit g64", "mxfp4"),
     *(f"{method} 4 bit g64" for method in ("rtn", "gptq", "awq", "dwq")),
+    "gptq 4 bit g32",
     *("rtn mixed 4.5", "gptq mixed 4.5", "rtn 3 bit g64", "gptq 3 bit g64"),
 )
 
@@ -201,9 +202,7 @@ def make_quantization_table() -> str:
 def _is_shown(line: str) -> bool:
     """Not a format's row among those of a model, or one of those formats that are shown."""
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    is_format = (
-        len(cells) == FORMAT_CELLS and cells[-1].endswith(")") and cells[-1] != "lost (95 %)"
-    )
+    is_format = len(cells) == FORMAT_CELLS and not cells[1].startswith(("bits", "-"))
     return not is_format or cells[0] in SHOWN_FORMATS
 
 
