@@ -45,6 +45,7 @@ def draw_front(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
     for row, place in zip(front, places, strict=True):
         axes.annotate(row["name"], place, (6, -3), textcoords="offset points", size=7)
     axes.margins(0.25, 0.12)
+    axes.set_xlim(right=13)  # room for the last name
     used = {method(row["name"]) for row in rows}
     dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[name]) for name in COLORS]
     shown = [(dot, name) for dot, name in zip(dots, COLORS, strict=True) if name in used]
