@@ -58,9 +58,7 @@ class Effort:
     tokens: int  # of a round of decoding
     rounds: int
     is_quick: bool
-    unanswered: tuple[
-        str, ...
-    ] = ()  # modes in which no items are answered: without a kernel that is hours
+    unanswered: tuple[str, ...] = ()  # modes in which no items are answered: it would take hours
 
 
 FULL = Effort(3, 256, 16, 512, 48, 7, is_quick=False)
@@ -156,7 +154,6 @@ def measure_speed(folders: dict[str, Path], effort: Effort) -> dict[str, Any]:
 
 def make_speed_folders(work: Path, effort: Effort) -> tuple[str, dict[str, Path]]:
     """A model that no cache of a processor holds, in the formats whose speed is compared."""
-    work.mkdir(exist_ok=True)
     shape = SHAPES["qwen3-0.6b"]
     if effort.is_quick:
         shape = replace(shape, name="qwen3-0.6b, 8 of 28 layers", num_layers=8, vocab_size=32000)

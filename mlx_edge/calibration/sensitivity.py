@@ -78,16 +78,12 @@ class Sensitivity:
 
         `parts` has every layer of the new table, with the layers of this one below another in it.
         """
-        shapes = {
-            name: (sum(self.shapes[part][0] for part in of), self.shapes[of[0]][1])
-            for name, of in parts.items()
-        }
         rows = {
             name: zip(*(self.damages[part] for part in of), strict=True)
             for name, of in parts.items()
         }
         damages = {name: tuple(map(_add_up, columns)) for name, columns in rows.items()}
-        return replace(self, shapes=shapes, damages=damages)
+        return replace(self, shapes=join_shapes(self.shapes, parts), damages=damages)
 
     def to_json(self) -> str:
         """As `from_json` reads it."""
@@ -139,6 +135,15 @@ class Sensitivity:
                     raise ValueError(
                         f"{name}, {packing}: damage is {damage!r}, expected nats from 0"
                     )
+
+
+def join_shapes(
+    shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the layers whose parts lie one below another, from those of the parts."""
+    return {
+        name: (sum(shapes[part][0] for part in of), shapes[of[0]][1]) for name, of in parts.items()
+    }
 
 
 def _add_up(damages: Sequence[float | None]) -> float | None:

@@ -20,6 +20,7 @@ from mlx_edge.calibration.rounding import RoundedModel
 from mlx_edge.calibration.sensitivity import (
     CANDIDATES,
     Sensitivity,
+    join_shapes,
     layer_shapes,
     measure_sensitivity,
 )
@@ -82,7 +83,7 @@ def allocate_bits(
     known = next((p for p in (given, kept) if p is not None and p.is_file()), None)
     if known is not None:
         table = Sensitivity.from_json(_read(known))
-        table = table.select(names.shapes(layer_shapes(model)), table.candidates, dtype)
+        table = table.select(join_shapes(layer_shapes(model), names.parts), table.candidates, dtype)
     else:
         on_progress = bars("Measuring each layer's sensitivity", "it")
         measured = measure_sensitivity(model, rows, CANDIDATES, dtype, on_progress=on_progress)

@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_edge.conversion.finite import require_finite
-from mlx_edge.conversion.source import Source
+from mlx_edge.conversion.source import Source, find_family
 from mlx_edge.errors import ModelFormatError
-from mlx_edge.models.families import FAMILIES, Experts
+from mlx_edge.models.families import Experts
 from mlx_edge.models.moe import gate_or_up
 from mlx_edge.ops.types import Quantized
 from mlx_edge.quant import Packing
@@ -25,7 +25,7 @@ def stack_experts(source: Source) -> Source:
 
     Raises: ModelFormatError when experts are missing, or differ in shape or type.
     """
-    family = FAMILIES.get(str(source.config.get("model_type")))
+    family = find_family(source)
     if family is None or family.experts is None:
         return source
     stacks = dict(_find_single(source, family.experts)) | dict(_find_fused(source, family.experts))

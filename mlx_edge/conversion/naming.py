@@ -40,13 +40,6 @@ class StoredNames:
         """The packing of each linear, from those of the layers."""
         return {part: packings[layer] for layer, parts in self.parts.items() for part in parts}
 
-    def shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """Rows and columns of each layer, from those of the linears."""
-        return {
-            layer: (sum(shapes[part][0] for part in parts), shapes[parts[0]][1])
-            for layer, parts in self.parts.items()
-        }
-
     def join(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Tensors of linears and norms as those of the files' layers; parts that are missing are the source's."""
         joined: dict[str, mx.array] = {}

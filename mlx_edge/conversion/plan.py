@@ -11,7 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_edge.conversion.source import PACKED_PARTS, QUANTIZATION_KEYS, Source, count_bytes
+from mlx_edge.conversion.source import (
+    PACKED_PARTS,
+    QUANTIZATION_KEYS,
+    Source,
+    count_bytes,
+    find_family,
+)
 from mlx_edge.errors import ModelFormatError, UnsupportedModelError
 from mlx_edge.models.families import FAMILIES
 from mlx_edge.models.vision.assembly import PREFIXES as VISION_PREFIXES
@@ -84,7 +90,7 @@ _EXPERTS = (".experts.", ".switch_mlp.")
 
 
 def _linear_words(source: Source) -> tuple[str, ...]:
-    family = FAMILIES.get(str(source.config.get("model_type")))
+    family = find_family(source)
     if family is None:
         return _LINEAR_WORDS
     f = family
@@ -95,7 +101,7 @@ def _linear_words(source: Source) -> tuple[str, ...]:
 
 
 def _stacked_experts(source: Source) -> tuple[str, ...]:
-    family = FAMILIES.get(str(source.config.get("model_type")))
+    family = find_family(source)
     return () if family is None or family.experts is None else family.experts.stacked_matrices
 
 
@@ -105,7 +111,7 @@ def written_names(source: Source) -> list[str]:
     mlx-lm drops the weight of a tied head, but not its scales.
     """
     names = source.names()
-    family = FAMILIES.get(str(source.config.get("model_type")))
+    family = find_family(source)
     if family is not None:
         names = [name for name in names if not name.endswith(family.ignored_suffixes)]
     if source.config.get("tie_word_embeddings") is True:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_edge.models.config import read_json_object
+from mlx_edge.models.families import FAMILIES, Family
 from mlx_edge.models.fields import Fields
 from mlx_edge.models.quantization import Quantization
 from mlx_edge.ops.types import Quantized
@@ -151,6 +152,11 @@ class FolderSource:
 def _by_number(name: str) -> list[tuple[int, str]]:
     """A key that sorts the numbers in a name as numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def find_family(source: Source) -> Family | None:
+    """The family that the source's configuration names, where it is defined here."""
+    return FAMILIES.get(str(source.config.get("model_type")))
 
 
 def is_quantized(source: Source) -> bool:
